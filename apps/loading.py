@@ -1,0 +1,134 @@
+"""Loading pipelines and encoders by name: a folder, a hub id, or "reference"."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .metadata import NATIVE, REFERENCE
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from textcond import TextEncoder
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_pipeline(
+    name: str = REFERENCE, *, encoder: str = NATIVE, device: str | None = None, dtype: str | None = None
+) -> DiffusionPipeline:
+    """Load a pipeline, from safetensors only, and swap an encoder into it.
+
+    Args:
+        name: "reference", a diffusers folder, or a hub id.
+        encoder: "native" leaves the pipeline's own; else a folder or hub id for `swap_text_encoder`.
+        device: a torch device; None is the GPU when there is one, else the CPU.
+        dtype: one of `DTYPES`; None is float16 on a GPU, float32 elsewhere.
+
+    Raises:
+        FileNotFoundError, OSError: there is no such folder, and no such pipeline within reach on the hub.
+        ValueError: not a pipeline folder, a damaged weight file (it is named), an unusable device, an encoder that
+            does not fit.
+    """
+    import diffusers
+
+    import textcond  # noqa: F401  (a saved pipeline may name our classes, and diffusers imports nothing by name)
+    from textcond.folders import check_safetensors
+    from textcond.pipelines import swap_text_encoder
+
+    diffusers.utils.logging.disable_progress_bar()  # loading is short, and the caller shows its own
+    place = torch_device(device)
+    precision = torch_dtype(dtype, place)
+    if name == REFERENCE:
+        from textcond.pipelines.reference import load_reference
+
+        pipe = load_reference(dtype=precision, device=place)
+    else:
+        folder = find_pipeline(name)
+        for file in sorted(folder.rglob("*.safetensors")):
+            check_safetensors(file)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=precision, use_safetensors=True).to(place)
+    if encoder != NATIVE:
+        swap_text_encoder(pipe, find_encoder(encoder))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def find_pipeline(name: str | Path) -> Path:
+    """The local folder of a pipeline: `name` itself, or where the hub id `name` was downloaded to."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{name} holds no model_index.json, so it is no pipeline: pass the folder that has it")
+        return folder
+    if folder.exists():
+        raise ValueError(f"{name} is a file: pass a diffusers folder (the one that holds model_index.json)")
+    if not _HUB_ID.fullmatch(str(name)):
+        raise FileNotFoundError(f"there is no pipeline folder {name}: check the path (a hub id reads OWNER/NAME)")
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(str(name), use_safetensors=True))
+    except Exception as error:  # the hub client raises a dozen kinds, from OSError to its own
+        raise OSError(
+            f"{name} is neither a folder here nor a pipeline within reach on the model hub: "
+            f"check the spelling and the connection, or download it first"
+        ) from error
+
+
+def find_encoder(name: str | Path) -> str:
+    """`name` if it is a folder or may be a hub id. A damaged weight file in the folder is named in a ValueError."""
+    from textcond.folders import check_safetensors
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        for file in sorted(folder.glob("*.safetensors")):
+            check_safetensors(file)
+        return str(folder)
+    if folder.exists() or not _HUB_ID.fullmatch(str(name)):
+        raise FileNotFoundError(f"there is no encoder folder {name}: check the path (a hub id reads OWNER/NAME)")
+    return str(name)
+
+
+def load_text_encoder(name: str = REFERENCE, *, device: str | None = None, dtype: str | None = None) -> TextEncoder:
+    """A text encoder by folder or hub id; "reference" is the reference model's own."""
+    from textcond.encoder import TextEncoder
+
+    place = torch_device(device)
+    folder: str | Path = name
+    if name == REFERENCE:
+        from textcond.pipelines import reference
+
+        folder = reference.REFERENCE / "text_encoder"
+    return TextEncoder.from_pretrained(folder, device=place, dtype=torch_dtype(dtype, place))
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The device of that name; None is the GPU when there is one, else the CPU."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}): pass cpu, or leave it out") from error
+    return device
+
+
+def torch_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name, one of `DTYPES`; None is float16 on a GPU, float32 elsewhere."""
+    import torch
+
+    if name is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown: pass one of {', '.join(DTYPES)}")
+    return getattr(torch, name)

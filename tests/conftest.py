@@ -1,0 +1,24 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Folders of the shape of the reference model: `pipeline`, `index`, a fitting `encoder`, one too `wide`."""
+    import tiny_reference
+
+    root: Path = tmp_path_factory.mktemp("demo")
+    pipeline = tiny_reference.save_pipeline(root / "pipeline")
+    return SimpleNamespace(
+        root=root,
+        pipeline=str(pipeline),
+        index=str(tiny_reference.save_index(root / "index", pipeline)),
+        encoder=str(tiny_reference.save_encoder(root / "encoder")),
+        wide=str(tiny_reference.save_encoder(root / "wide", width=48)),
+    )

@@ -1,0 +1,94 @@
+import threading
+
+import numpy as np
+import pytest
+from tiny_reference import PROMPTS
+
+from textcond import PromptIndex, TextEncoder
+from textcond.apps.engine import Engine
+from textcond.apps.finder import Finder, open_index
+from textcond.apps.metadata import NATIVE, Parameters
+
+
+@pytest.fixture(scope="module")
+def engine(demo):
+    return Engine(demo.pipeline, demo.index)
+
+
+def _parameters(engine, encoder=NATIVE, steps=2):
+    return Parameters("red fox", seed=1, num_inference_steps=steps, pipeline=engine.name, encoder=encoder)
+
+
+def test_the_index_serves_the_encoder_that_made_it_without_encoding_again(engine):
+    assert engine.finder() is engine.finder(NATIVE)
+    assert engine.finder()._searched is engine.finder().index
+    assert [hit.text for hit in engine.finder().search("red fox, noto style", 1)] == ["red fox, noto style"]
+
+
+def test_another_encoder_finds_with_its_own_vectors_and_the_same_pictures(engine, demo):
+    finder = engine.finder(demo.encoder)
+    assert engine.can_find(demo.encoder)
+    assert finder.encoder.weights_hash() == TextEncoder.from_pretrained(demo.encoder).weights_hash()
+    (hit,) = finder.search("blue fox, blob style", 1)
+    assert (hit.text, hit.metadata) == ("blue fox, blob style", {"row": hit.id})
+    assert hit.image.getpixel((0, 0)) == (30 * hit.id, 80, 120)
+    expected = finder.encoder.encode("blue fox") @ finder.encoder.encode(PROMPTS).T
+    scores = {hit.id: hit.score for hit in finder.search("blue fox", len(PROMPTS))}
+    np.testing.assert_allclose([scores[row] for row in range(len(PROMPTS))], expected, atol=2e-3)
+
+
+def test_each_encoder_conditions_its_own_pictures_and_the_native_one_returns(engine, demo):
+    first = np.asarray(engine.draw(_parameters(engine))[0])
+    other = np.asarray(engine.draw(_parameters(engine, demo.encoder))[0])
+    again = np.asarray(engine.draw(_parameters(engine))[0])
+    assert (first != other).any()
+    np.testing.assert_array_equal(first, again)
+
+
+def test_an_encoder_that_does_not_fit_is_refused_and_breaks_nothing(engine, demo):
+    for use in (lambda: engine.draw(_parameters(engine, demo.wide)), lambda: engine.finder(demo.wide)):
+        with pytest.raises(ValueError, match="48-wide"):
+            use()
+    with pytest.raises(FileNotFoundError, match="no encoder folder"):
+        engine.draw(_parameters(engine, "nothing"))
+    engine.draw(_parameters(engine))
+    assert not engine.can_find(demo.wide)
+
+
+def test_the_first_use_loads_the_pipeline_once(demo):
+    engine = Engine(demo.pipeline, demo.index)
+    assert not engine.ready
+    threads = [threading.Thread(target=engine.warm_up) for _ in range(2)]
+    pipes = []
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+        pipes.append(engine._pipe)
+    assert engine.ready
+    assert pipes[0] is pipes[1]
+
+
+def test_searching_does_not_wait_for_a_picture(engine):
+    engine.finder()
+    searched = []
+
+    def on_step(done, total, preview):
+        thread = threading.Thread(target=lambda: searched.append(engine.finder().search("red", 1)))
+        thread.start()
+        thread.join(30)
+
+    engine.draw(_parameters(engine), on_step)
+    assert len(searched) == 2
+
+
+def test_samples_are_different_rows(demo):
+    finder = Finder(open_index(demo.index))
+    assert sorted(row.text for row in finder.sample(100)) == sorted(PROMPTS)
+    assert len({row.id for row in finder.sample(3)}) == 3
+
+
+def test_an_empty_index_finds_nothing(demo):
+    encoder = TextEncoder.from_pretrained(f"{demo.pipeline}/text_encoder")
+    for finder in (Finder(PromptIndex(encoder)), Finder(PromptIndex(encoder), encoder)):
+        assert (len(finder), finder.search("fox", 3), finder.sample(3)) == (0, [], [])
