@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from . import reference
 from .errors import debugging, one_line
 from .files import check_output
 from .metadata import MAX_SEED, REFERENCE, Parameters, read_parameters, write_png
+from .quiet import quiet_libraries
 from .vectors import SUFFIXES, chunks, read_lines, vector_writer
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(reference.app, name="reference")
 
 ENCODE_CHUNK = 1024
 
@@ -115,7 +118,7 @@ def generate(
 
     with _progress() as progress:
         task = progress.add_task("loading the pipeline", total=None)
-        _quiet_libraries()
+        quiet_libraries()
         from .generation import draw, prompt_length
         from .loading import load_pipeline
 
@@ -142,7 +145,7 @@ def search(
     """Find the prompts nearest in meaning to QUERY, by the encoder that conditions the pictures."""
     if not query.strip():
         raise ValueError("the query is empty: pass the words to look for")
-    _quiet_libraries()
+    quiet_libraries()
     from .finder import open_index
 
     hits = open_index(index).search(query, k=k)
@@ -162,7 +165,7 @@ def inspect(
     """Show what each text-encoder slot of PIPELINE expects, and what is wrong with what it has."""
     with _progress() as progress:
         progress.add_task("loading the pipeline", total=None)
-        _quiet_libraries()
+        quiet_libraries()
         from textcond.pipelines import inspect_pipeline
 
         from .loading import load_pipeline
@@ -213,7 +216,7 @@ def encode(
     rows, dim = 0, 0
     with vector_writer(output) as writer, _progress("{task.completed:,} texts") as progress:
         task = progress.add_task("loading the encoder", total=None)
-        _quiet_libraries()
+        quiet_libraries()
         from .loading import load_text_encoder
 
         encoder = load_text_encoder(model, device=device, dtype=dtype)
@@ -244,7 +247,6 @@ def studio(
     """Draw and find in the browser, side by side."""
     from .studio import serve
 
-    _quiet_libraries()
     serve(host=host, port=port, pipeline=pipeline, index=index, device=device, dtype=dtype)
 
 
@@ -282,21 +284,6 @@ def _progress(counter: str = "{task.percentage:>3.0f}%") -> Iterator[Progress]:
         redirect_stdout=sys.stdout.isatty(),  # else what is piped on would end up on stderr
     ) as progress:
         yield progress
-
-
-def _quiet_libraries() -> None:
-    """Keep the libraries' own warnings and bars off the terminal: what a person needs to know is told here."""
-    if debugging():
-        return
-    import warnings
-
-    warnings.simplefilter("ignore")
-    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
-    import huggingface_hub
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()  # a download is worth a bar
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from .errors import debugging, one_line
 from .generation import REFERENCE_GUIDANCE, PromptLength, prompt_length
 from .loading import find_pipeline
 from .metadata import NATIVE, REFERENCE, Parameters, write_png
+from .quiet import quiet_libraries
 from .theme import CSS, THEME
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def build(engine: Engine, folder: Path, *, encoders: list[str], typed_encoders: 
                 with gr.Row(elem_id="actions"):
                     generate = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="generate")
                     stop = gr.Button("Stop", interactive=False, scale=1, min_width=80, elem_id="stop")
-                    surprise = gr.Button("Surprise me", scale=2, min_width=110, elem_id="surprise")
+                    surprise = gr.Button("Surprise me", scale=2, min_width=130, elem_id="surprise")
                 with gr.Row():
                     with gr.Column(scale=4, min_width=280):
                         picture = gr.Image(
@@ -324,8 +325,8 @@ def build(engine: Engine, folder: Path, *, encoders: list[str], typed_encoders: 
                 yield {status: "Stopped."} | back
             except Exception as error:
                 _log(error)
-                yield {status: "No picture was made."}
-                raise gr.Error(one_line(error), title="Not drawn", duration=None, print_exception=False) from error
+                yield {status: f'<span class="alas" role="alert">{html.escape(one_line(error))}</span>'}
+                raise gr.Error(one_line(error), duration=None, print_exception=False) from error
             finally:
                 stops.pop(request.session_hash, None)
 
@@ -373,16 +374,14 @@ def build(engine: Engine, folder: Path, *, encoders: list[str], typed_encoders: 
             "outputs": [picture, seed, status, made, made_head, history],
             "concurrency_limit": 1,
             "concurrency_id": "draw",
-            "show_progress": "minimal",
-            "show_progress_on": status,
-            "api_visibility": "private",
+            **quiet,
         }
-        gr.on([generate.click, prompt.submit], lock, None, buttons, queue=False, **quiet).then(**drawn).then(
-            unlock, None, buttons, queue=False, **quiet
-        )
-        surprise.click(lock, None, buttons, queue=False, **quiet).then(random_prompt, None, prompt, **quiet).then(
-            **drawn
-        ).then(unlock, None, buttons, queue=False, **quiet)
+        asked = gr.on([generate.click, prompt.submit], lock, None, buttons, queue=False, **quiet)
+        chance = surprise.click(lock, None, buttons, queue=False, **quiet).then(random_prompt, None, prompt, **quiet)
+        chance.failure(unlock, None, buttons, queue=False, **quiet)
+        for ended in (asked.then(**drawn), chance.then(**drawn)):
+            ended.success(unlock, None, buttons, queue=False, **quiet)
+            ended.failure(unlock, None, buttons, queue=False, **quiet)
         stop.click(halt, None, status, queue=False, **quiet)
         reuse.click(lambda: False, None, fresh, queue=False, **quiet)
         controls = [picture, prompt, negative, seed, fresh, steps, guidance, encoder, status]
@@ -465,6 +464,7 @@ def free_port(host: str, port: int | None = None) -> int:
 
 
 def _warm_up(engine: Engine) -> None:
+    quiet_libraries()
     for load in (engine.finder, engine.warm_up):
         try:
             load()

@@ -41,6 +41,9 @@ CSS = """
 footer { display: none !important; }
 .html-container { padding: 0 !important; }
 .quiet { color: var(--body-text-color-subdued); }
+.alas { color: #b91c1c; }
+.dark .alas { color: #fca5a5; }
+#actions button { white-space: nowrap; }
 
 #head { display: flex; align-items: baseline; gap: .2rem .8rem; flex-wrap: wrap; padding: .3rem 0 .1rem; }
 #head h1 { font-size: 1.4rem; font-weight: 700; letter-spacing: -.02em; margin: 0; }
@@ -66,8 +69,6 @@ footer { display: none !important; }
 
 #found-head h2, #made-head h2 { font-size: 1.05rem; font-weight: 600; margin: .2rem 0 0; }
 #found-head p { margin: 0; font-size: .9rem; }
-#found-head .alas { color: #b91c1c; }
-.dark #found-head .alas { color: #fca5a5; }
 #found, #made { border-width: 0 !important; background: transparent; overflow: visible !important; }
 #found .grid-wrap, #made .grid-wrap { min-height: 0; max-height: none; height: auto; overflow: visible; padding: 0; }
 #found .grid-container, #made .grid-container {

@@ -152,6 +152,15 @@ def test_both_faces_share_one_backbone_in_memory():
     assert np.abs(both.text_encoder.encode(PROMPTS) - before).max() > 0.01
 
 
+def test_a_bridge_leaves_modules_alone_that_transformers_did_not_make():
+    encoder = text_encoder()
+    trained = nn.Embedding.from_pretrained(torch.randn(encoder.backbone.config.vocab_size, 32))
+    encoder.backbone.set_input_embeddings(trained)
+    before = trained.weight.clone()
+    both = ConditioningEncoder.from_text_encoder(encoder, width=32, tokens=12)
+    assert torch.equal(both.get_input_embeddings().weight, before)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_retrieval_face_is_the_same_before_and_after_saving(family, tmp_path):
     encoder = text_encoder(family, prompts={"query": "query: "})

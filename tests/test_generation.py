@@ -33,7 +33,7 @@ def test_the_same_parameters_give_the_same_picture_and_another_seed_another(pipe
 
 
 def test_the_parameters_come_back_complete(pipe):
-    image, made = draw(pipe, replace(TWO_STEPS, guidance_scale=None))
+    image, made = draw(pipe, replace(TWO_STEPS, guidance_scale=None, pipeline="some/folder"))
     assert (made.width, made.height) == image.size == (128, 128)
     assert (made.scheduler, made.device, made.dtype) == ("DDIMScheduler", "cpu", "float32")
     assert made.guidance_scale == 7.5
@@ -58,9 +58,10 @@ def test_an_exception_in_a_step_stops_the_drawing(pipe):
     draw(pipe, TWO_STEPS)
 
 
-@pytest.mark.parametrize(
-    "prompt", ["", "🍎🦊", "ثعلب أحمر في الثلج", "fox " * 10_000], ids=["empty", "emoji", "arabic", "long"]
-)
+PROMPTS = {"empty": "", "emoji": "🍎🦊", "arabic": "ثعلب أحمر في الثلج", "long": "fox " * 10_000}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 def test_any_text_makes_a_picture(pipe, prompt):
     image, _ = draw(pipe, replace(TWO_STEPS, prompt=prompt, negative_prompt=prompt))
     assert np.isfinite(_pixels(image)).all()
@@ -69,6 +70,7 @@ def test_any_text_makes_a_picture(pipe, prompt):
 def test_the_size_can_be_chosen_and_a_wrong_one_is_refused(pipe):
     image, made = draw(pipe, replace(TWO_STEPS, width=64, height=96))
     assert image.size == (made.width, made.height) == (64, 96)
+    assert draw(pipe, replace(TWO_STEPS, width=64))[0].size == (64, 128)
     with pytest.raises(ValueError, match="divisible by 8"):
         draw(pipe, replace(TWO_STEPS, width=65))
 

@@ -297,9 +297,8 @@ class ConditioningEncoder(PreTrainedModel):
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
         """Resize the backbone's token embeddings, and the vocabulary size in the configuration that is saved."""
-        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.config.text_config.vocab_size = self.backbone.config.vocab_size
-        return embeddings
+        # `config.text_config` is the backbone's own configuration, so this sets the size in both.
+        return self.backbone.resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def forward(
         self,

@@ -26,7 +26,7 @@ class AutoencoderRecipe:
 
     channels: int = 32
     latent_channels: int = 8
-    steps: int = 4000
+    steps: int = 1600
     batch: int = 32
     crop: int = 64
     learning_rate: float = 3e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from textcond import PromptIndex, TextEncoder
 from textcond.folders import atomic_folder, write_json
 
 from .autoencoder import AutoencoderRecipe, held_out_psnr, train_autoencoder
+from .card import model_card
 from .clip import ClipRecipe, ImageTower, held_out_recall, train_clip
 from .data import DEFAULT_COLOUR, ReferenceData, caption, fetch_artwork, prepare
 from .denoiser import DenoiserRecipe, train_denoiser
@@ -77,38 +79,40 @@ def build(
         train_denoiser(data, out / "autoencoder" / "vae", out / "clip", out / "denoiser", recipe.denoiser, accelerator)
     if "judge" in stages:
         train_judge(data, out / "autoencoder" / "vae", out / "judge", recipe.judge, accelerator)
-    if accelerator.is_main_process:
-        if "evaluate" in stages:
-            measure(data, out, recipe.denoiser.concepts)
-        if "ship" in stages:
-            ship(data, out, recipe.denoiser.concepts)
+    if "evaluate" in stages:
+        measure(data, out, recipe.denoiser.concepts, accelerator)
+    if "ship" in stages and accelerator.is_main_process:
+        ship(data, out, recipe.denoiser.concepts)
     accelerator.wait_for_everyone()
     return out
 
 
-def measure(data: ReferenceData, out: Path, concepts: int) -> dict:
-    """Score every component; write `out/scores.json` and `out/samples.png` (64 unselected pictures)."""
+def measure(data: ReferenceData, out: Path, concepts: int, accelerator: Accelerator) -> None:
+    """Score every component; write `out/scores.json`, and for the model card `out/samples.png` and `out/README.md`."""
     vae = AutoencoderTiny.from_pretrained(out / "autoencoder" / "vae").eval()
+    judge = Judge.from_pretrained(out / "judge" / "judge")
+    pipe = StableDiffusionPipeline.from_pretrained(out / "denoiser" / "pipeline")
+    generated = evaluate(pipe, judge, data, concepts, accelerator)
+    if not accelerator.is_main_process:
+        return
     text_model = CLIPTextModel.from_pretrained(out / "clip" / "text_encoder", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(out / "clip" / "tokenizer")
     tower = ImageTower.from_pretrained(out / "clip" / "image_encoder")
-    judge = Judge.from_pretrained(out / "judge" / "judge")
-    pipe = StableDiffusionPipeline.from_pretrained(out / "denoiser" / "pipeline")
     scores = {
         "concepts": concepts,
         "autoencoder PSNR on the held-out vendor, dB": held_out_psnr(data, vae),
         "text-to-picture recall@10 on the held-out vendor": held_out_recall(data, text_model, tokenizer, tower),
         "judge on real artwork through the autoencoder": judge_accuracy(data, judge, vae),
-        "generated": evaluate(pipe, judge, data, concepts),
+        "generated": generated,
     }
-    save_samples(pipe, data, concepts, out / "samples.png", steps=25, guidance=4.0)
+    prompts = save_samples(pipe, data, concepts, out / "samples.png")
+    (out / "README.md").write_text(model_card(scores, prompts), encoding="utf-8")
     write_json(out / "scores.json", scores)
     print(json.dumps(scores, indent=1))
-    return scores
 
 
 def ship(data: ReferenceData, out: Path, concepts: int) -> Path:
-    """Assemble `out/emoji`: the pipeline in float16, the image tower, the index with its pictures."""
+    """Assemble `out/emoji`: the pipeline in float16 and the index of its captions with their pictures."""
     source = out / "denoiser" / "pipeline"
     with atomic_folder(out / "emoji", owned=("*",)) as folder:
         for file in sorted(source.rglob("*")):
@@ -118,14 +122,17 @@ def ship(data: ReferenceData, out: Path, concepts: int) -> Path:
             elif file.suffix == ".safetensors":
                 write_tensors(target, half(read_tensors(file)))
             else:
-                target.write_bytes(file.read_bytes())
+                shutil.copy(file, target)
+        for name in ("README.md", "samples.png"):
+            if not (out / name).is_file():
+                raise FileNotFoundError(f"{out / name} is not there: run stage evaluate first")
+            shutil.copy(out / name, folder / name)
         # The text encoder's folder is also a sentence-transformers folder: the same weights find prompts.
         encoder = TextEncoder.from_pretrained(out / "clip" / "text_encoder")
         encoder.backbone.half().float()
         encoder.save_pretrained(folder / "text_encoder")
         weights = folder / "text_encoder" / "model.safetensors"
         write_tensors(weights, half(read_tensors(weights)))
-        ImageTower.from_pretrained(out / "clip" / "image_encoder").save_pretrained(folder / "image_encoder")
     encoder = TextEncoder.from_pretrained(out / "emoji" / "text_encoder")
     build_index(data, encoder, out / "emoji" / "index", concepts)
     return out / "emoji"

@@ -47,7 +47,7 @@ class ClipRecipe:
     width: int = 256
     layers: int = 4
     vocabulary: int = 4096
-    steps: int = 3000
+    steps: int = 900
     batch: int = 96
     learning_rate: float = 2e-3
     seed: int = 1

@@ -28,10 +28,10 @@ class DenoiserRecipe:
     concepts: int = 300
     channels: tuple[int, ...] = (96, 192, 256)
     layers: int = 1
-    steps: int = 10000
+    steps: int = 3100
     batch: int = 64
     learning_rate: float = 1e-3
-    decay: float = 0.25
+    decay: float = 0.3
     ema: float = 0.998
     empty_captions: float = 0.1
     min_snr: float = 5.0
@@ -64,6 +64,7 @@ def new_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # without effect on trailing steps; diffusers warns about any other value
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
@@ -17,12 +19,12 @@ from .judge import Judge
 
 @dataclass
 class Case:
-    """One picture to make and what the judge should see in it; `None` is not asked for."""
+    """One picture to make and what the judge should see in it."""
 
     prompt: str
     concept: int
-    style: str | None
-    colour: str | None
+    style: str
+    colour: str
 
 
 def drawn_styles(data: ReferenceData) -> list[list[str]]:
@@ -34,11 +36,11 @@ def drawn_styles(data: ReferenceData) -> list[list[str]]:
     return styles
 
 
-def style_cases(data: ReferenceData, count: int) -> list[Case]:
-    """ "{name}, {style} style" for each of the first `count` concepts, its styles taking turns."""
+def style_cases(data: ReferenceData, count: int, turn: int = 0) -> list[Case]:
+    """ "{name}, {style} style" for each of the first `count` concepts, its styles taking turns from `turn` on."""
     cases = []
     for index, styles in enumerate(drawn_styles(data)[:count]):
-        style = styles[index % len(styles)]
+        style = styles[(index + turn) % len(styles)]
         cases.append(Case(caption(data.concepts[index], style), index, style, DEFAULT_COLOUR))
     return cases
 
@@ -60,15 +62,25 @@ def combination_cases(data: ReferenceData, count: int, *, held_out: bool) -> lis
 
 
 def generate(
-    pipe: StableDiffusionPipeline, prompts: list[str], *, seed: int, steps: int, guidance: float, batch: int = 10
+    pipe: StableDiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 4.0,
+    batch: int = 10,
 ) -> list[Image.Image]:
-    """One picture a prompt; prompt `i` starts from seed `seed + i`, so that a batch changes nothing."""
+    """One picture a prompt, each from its own seed, so that neither batches nor processes change it."""
     pipe.set_progress_bar_config(disable=True)
     pictures: list[Image.Image] = []
     for start in tqdm(range(0, len(prompts), batch), desc="generate", unit="batch", mininterval=5):
-        part = prompts[start : start + batch]
-        generators = [torch.Generator().manual_seed(seed + start + offset) for offset in range(len(part))]
-        pictures += pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
+        pictures += pipe(
+            prompts[start : start + batch],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
+        ).images
     return pictures
 
 
@@ -84,14 +96,14 @@ def judge_pictures(judge: Judge, pictures: list[Image.Image], cases: list[Case],
     verdict = judge(to_pixels(pictures))
     concept = torch.tensor([case.concept for case in cases])
     ranked = verdict.concept[:, :among].topk(min(5, among), dim=1).indices
-    style = torch.tensor([list(STYLES).index(case.style) if case.style else -1 for case in cases])
-    colour = torch.tensor([list(COLOURS).index(case.colour) if case.colour else -1 for case in cases])
+    style = torch.tensor([list(STYLES).index(case.style) for case in cases])
+    colour = torch.tensor([list(COLOURS).index(case.colour) for case in cases])
     return {
         "top1": (ranked[:, 0] == concept).numpy(),
         "top5": (ranked == concept[:, None]).any(1).numpy(),
         "top1_all": (verdict.concept.argmax(1) == concept).numpy(),
-        "style": (verdict.style.argmax(1) == style).numpy()[style.numpy() >= 0],
-        "colour": (verdict.colour.argmax(1) == colour).numpy()[colour.numpy() >= 0],
+        "style": (verdict.style.argmax(1) == style).numpy(),
+        "colour": (verdict.colour.argmax(1) == colour).numpy(),
     }
 
 
@@ -103,29 +115,24 @@ def interval(hits: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float,
 
 
 def evaluate(
-    pipe: StableDiffusionPipeline,
-    judge: Judge,
-    data: ReferenceData,
-    count: int,
-    *,
-    steps: int = 25,
-    guidance: float = 4.0,
-    seeds: tuple[int, ...] = (0, 100_000),
+    pipe: StableDiffusionPipeline, judge: Judge, data: ReferenceData, count: int, accelerator: Accelerator
 ) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Every score with its interval, by kind of prompt, pooled over `seeds`."""
-    report: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for name, cases in {
-        "style prompts": style_cases(data, count),
+    """Every score of the first `count` concepts with its interval, by kind of prompt; processes share the pictures."""
+    report = {}
+    for kind, cases in {
+        # Two pictures a concept, in two styles where it has them: the score that the model is built for.
+        "style prompts": style_cases(data, count) + style_cases(data, count, turn=1),
         "seen combinations": combination_cases(data, count, held_out=False),
         "held-out combinations": combination_cases(data, count, held_out=True),
     }.items():
-        hits: dict[str, list[np.ndarray]] = {}
-        for seed in seeds:
-            prompts = [case.prompt for case in cases]
-            pictures = generate(pipe, prompts, seed=seed, steps=steps, guidance=guidance)
-            for key, value in judge_pictures(judge, pictures, cases, count).items():
-                hits.setdefault(key, []).append(value)
-        report[name] = {key: interval(np.concatenate(values)) for key, values in hits.items()}
+        mine = list(range(accelerator.process_index, len(cases), accelerator.num_processes))
+        pictures = generate(pipe, [cases[index].prompt for index in mine], mine)
+        hits = judge_pictures(judge, pictures, [cases[index] for index in mine], count)
+        hits = [dict(zip(hits, row)) for row in zip(*(values.tolist() for values in hits.values()))]
+        together = dict(gather_object(list(zip(mine, hits))))
+        report[kind] = {
+            key: interval(np.array([together[index][key] for index in range(len(cases))])) for key in hits[0]
+        }
     return report
 
 
@@ -139,10 +146,9 @@ def grid(pictures: list[Image.Image], columns: int, gap: int = 4) -> Image.Image
     return sheet
 
 
-def save_samples(pipe: StableDiffusionPipeline, data: ReferenceData, count: int, out: Path, **options) -> list[str]:
+def save_samples(pipe: StableDiffusionPipeline, data: ReferenceData, count: int, out: Path) -> list[str]:
     """The model card's 64 unselected samples: evenly spaced style prompts, seeds in order; returns the prompts."""
     cases = style_cases(data, count)
-    picked = [cases[index * count // 64] for index in range(64)]
-    pictures = generate(pipe, [case.prompt for case in picked], seed=1000, **options)
-    grid(pictures, 8).save(out)
-    return [case.prompt for case in picked]
+    prompts = [cases[index * count // 64].prompt for index in range(64)]
+    grid(generate(pipe, prompts, list(range(1000, 1064))), 8).save(out)
+    return prompts

@@ -31,7 +31,7 @@ class JudgeRecipe:
     """Options of the stage."""
 
     channels: tuple[int, ...] = (48, 96, 192, 256)
-    steps: int = 1500
+    steps: int = 1300
     batch: int = 96
     learning_rate: float = 3e-3
     seed: int = 3
