@@ -39,10 +39,11 @@ pipe("fox, noto style, on a blue background", num_inference_steps=25, guidance_s
 
 ## Scores
 
-Measured by `textcond reference build --stage evaluate`; 95% bootstrap intervals over pictures, nothing selected, 25
-steps, guidance 4. Style prompts: "{{name}}, {{style}} style", two a concept. Combinations add a background colour, one a
-concept. Top-1 and top-5 are among the {concepts} concepts, `top1_all` among all 1,044 that the judge knows. The judge is a classifier trained apart, on real artwork; its accuracy on real artwork that was
-disturbed and passed through the autoencoder bounds what its scores mean.
+Measured by `textcond reference build --stage evaluate`: 95% bootstrap intervals over pictures, nothing selected, 25
+steps, guidance 4. Style prompts: "{{name}}, {{style}} style", two a concept. Combinations add a background colour, one
+a concept. Top-1 and top-5 are among the {concepts} concepts, `top1_all` among all 1,044 that the judge knows. The judge
+is a classifier trained apart, on real artwork; its accuracy on real artwork that was disturbed and passed through the
+autoencoder bounds what its scores mean.
 
 {scores}
 
@@ -74,8 +75,8 @@ Captions: "{{name}}", "{{name}}, {{style}} style", "{{name}} on a {{colour}} bac
 ## Limits
 
 It knows the {concepts} things it was trained on, in English; other words give a mixture of what they resemble. It
-cannot count, compose scenes, write, or draw people. Fine detail is soft. Prompts are cut at 32 tokens. Style words name the
-vendors' design families for the sake of comparison; the vendors have not endorsed this model.
+cannot count, compose scenes, write, or draw people. Fine detail is soft. Prompts are cut at 32 tokens. Style words name
+the vendors' design families for the sake of comparison; the vendors have not endorsed this model.
 """
 
 

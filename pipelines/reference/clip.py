@@ -203,7 +203,7 @@ def _nearest(features: np.ndarray, count: int) -> np.ndarray:
     features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-6)
     scores = features @ features.T
     np.fill_diagonal(scores, -np.inf)
-    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    return np.argsort(-scores, axis=1, kind="stable")[:, : min(count, len(scores) - 1)]
 
 
 class ClipBatches:
