@@ -330,10 +330,9 @@ def build(engine: Engine, folder: Path, *, encoders: list[str], typed_encoders: 
             finally:
                 stops.pop(request.session_hash, None)
 
-        def halt(request: gr.Request) -> str:
+        def halt(request: gr.Request) -> None:
             if signal := stops.get(request.session_hash):
-                signal.set()
-            return _bar(None, "Stopping …")
+                signal.set()  # the drawing tells when it has stopped
 
         def restore(shown: list[Made], event: gr.SelectData) -> dict:
             chosen = shown[event.index]
@@ -382,7 +381,7 @@ def build(engine: Engine, folder: Path, *, encoders: list[str], typed_encoders: 
         for ended in (asked.then(**drawn), chance.then(**drawn)):
             ended.success(unlock, None, buttons, queue=False, **quiet)
             ended.failure(unlock, None, buttons, queue=False, **quiet)
-        stop.click(halt, None, status, queue=False, **quiet)
+        stop.click(halt, queue=False, **quiet)
         reuse.click(lambda: False, None, fresh, queue=False, **quiet)
         controls = [picture, prompt, negative, seed, fresh, steps, guidance, encoder, status]
         history.select(restore, made, controls, **quiet).then(None, js=SHOW_PROMPT, api_visibility="private")
@@ -492,8 +491,8 @@ def _count(length: PromptLength) -> str:
     return f"{length.tokens:,} of {length.limit:,} tokens"
 
 
-def _bar(done: float | None, told: str) -> str:
-    percent = 0 if done is None else round(100 * done)
+def _bar(done: float, told: str) -> str:
+    percent = round(100 * done)
     return (
         f'<div class="bar" role="progressbar" aria-valuenow="{percent}" aria-valuemin="0" aria-valuemax="100">'
         f'<div style="width:{percent}%"></div></div><span role="status">{html.escape(told)}</span>'
