@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests are small: threads would only wait for each other on a shared machine.
+test test-all: export OMP_NUM_THREADS ?= 1
 
 .PHONY: studio test test-all lint bench clean
 

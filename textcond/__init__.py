@@ -1,10 +1,14 @@
 """Text encoders for diffusion pipelines and for finding prompts and pictures, with the same weights."""
 
-from transformers import PreTrainedModel  # diffusers looks for it here when it loads a saved pipeline
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .conditioning import ConditioningEncoder, ConditioningEncoderConfig, ConditioningEncoderWithProjection
-from .encoder import TextEncoder, TextEncoderConfig
-from .index import Hit, PromptIndex
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .conditioning import ConditioningEncoder, ConditioningEncoderConfig, ConditioningEncoderWithProjection
+    from .encoder import TextEncoder, TextEncoderConfig
+    from .index import Hit, PromptIndex
 
 __all__ = [
     "ConditioningEncoder",
@@ -16,3 +20,27 @@ __all__ = [
     "TextEncoder",
     "TextEncoderConfig",
 ]
+
+_HOMES = {
+    "ConditioningEncoder": "textcond.conditioning",
+    "ConditioningEncoderConfig": "textcond.conditioning",
+    "ConditioningEncoderWithProjection": "textcond.conditioning",
+    "Hit": "textcond.index",
+    "PreTrainedModel": "transformers",  # diffusers looks for it here when it loads a saved pipeline
+    "PromptIndex": "textcond.index",
+    "TextEncoder": "textcond.encoder",
+    "TextEncoderConfig": "textcond.encoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: torch takes seconds, and the command line's help needs none of it.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'textcond' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
