@@ -24,6 +24,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write safetensors to a temporary file beside `path`, then rename."""
     partial = path.with_name(path.name + ".partial")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    partial.chmod(0o644)  # safetensors makes private files, and these are shipped
     os.replace(partial, path)
 
 
