@@ -262,7 +262,14 @@ def test_what_cannot_be_encoded_is_told_in_one_line(run, demo, tmp_path, argumen
 
 def test_ctrl_c_ends_with_code_130_and_leaves_nothing(demo, tmp_path):
     arguments = ["encode", "-", "--model", demo.encoder, "-o", str(tmp_path / "v.npy")]
-    process = subprocess.Popen([*COMMAND, *arguments], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts background jobs, such as a test run, deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not os.listdir(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
