@@ -82,8 +82,6 @@ def fit(
     decay: float = 0.2,
     ema: float | None = None,
     save_every: float = 180.0,
-    hook: Callable[[nn.Module, int], None] | None = None,
-    hook_every: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Train `module` for `steps` steps with Muon and AdamW and return the final (averaged when `ema`) weights.
 
@@ -91,7 +89,6 @@ def fit(
         loss: `(module as prepared by accelerate, step) -> (loss of this process's share, figures to show)`.
         out: folder of the stage; `out/checkpoint` holds weights, optimizer state and step, written every
             `save_every` seconds, at Ctrl-C and at the end. The same call resumes from it.
-        hook: called as `hook(module, step)` every `hook_every` steps with the averaged weights loaded.
     """
     # Preparing may move the weights; the optimizer's views must be of where they end up.
     prepared = accelerator.prepare(module)
@@ -131,8 +128,6 @@ def fit(
             if step % 100 == 0 and accelerator.is_main_process:
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, "samples": step * batch, "time": time.time(), **shown}) + "\n")
-            if hook and hook_every and step % hook_every == 0 and accelerator.is_main_process:
-                _call_hook(hook, accelerator.unwrap_model(prepared), average, step)
             if time.monotonic() - saved_at > save_every and accelerator.is_main_process:
                 _save(checkpoint, accelerator.unwrap_model(prepared), optimizer, average, step)
                 saved_at = time.monotonic()
@@ -143,17 +138,6 @@ def fit(
     bare = accelerator.unwrap_model(prepared)
     accelerator.wait_for_everyone()
     return average.shadow if average else {key: value.detach() for key, value in bare.state_dict().items()}
-
-
-def _call_hook(hook: Callable, module: nn.Module, average: Ema | None, step: int) -> None:
-    if average is None:
-        hook(module, step)
-    else:
-        own = {key: value.detach().clone() for key, value in module.state_dict().items()}
-        module.load_state_dict(average.shadow)
-        hook(module, step)
-        module.load_state_dict(own)
-    module.train()
 
 
 def _save(folder: Path, module: nn.Module, optimizer: MuonAdamW, average: Ema | None, step: int) -> None:
