@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from textcond import Hit, PromptIndex, TextEncoder
 
@@ -34,8 +32,7 @@ class Finder:
         from textcond.index import PromptIndex
 
         self.index = index
-        rows = index.search(np.ones(index.encoder.dim, np.float32), k=len(index)) if len(index) else []
-        self.rows = sorted(rows, key=lambda row: row.id)
+        self.rows = index.rows()
         self.encoder = encoder or index.encoder
         self.weights_hash = self.encoder.weights_hash()
         self._searched = index

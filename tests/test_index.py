@@ -66,6 +66,12 @@ def test_every_row_comes_back_when_more_are_asked_for_and_none_from_nothing(inde
     assert PromptIndex(encoder()).search("fox") == []
 
 
+def test_rows_come_in_the_order_of_adding(index):
+    assert [(row.id, row.text, row.metadata["number"]) for row in index.rows()] == [
+        (number, text, number) for number, text in enumerate(TEXTS)
+    ]
+
+
 def test_equal_rows_come_in_the_order_of_adding():
     index = PromptIndex(encoder())
     for _ in range(7):

@@ -141,6 +141,10 @@ class PromptIndex:
         best = np.argsort(-exact, kind="stable")[:k]
         return [self._hit(int(near[index]), float(exact[index])) for index in best]
 
+    def rows(self) -> list[Hit]:
+        """Return every row in the order of adding, with score 0: nothing was asked."""
+        return [self._hit(row_id, 0.0) for row_id in range(len(self))]
+
     def save(self, path: str | Path) -> None:
         """Write the index as a folder, complete or not at all: vectors, rows, pictures, and what encoder they need.
 

@@ -21,7 +21,7 @@ def load_reference(
     """The shipped model as a stock `StableDiffusionPipeline` (128x128 pictures, captions of up to 32 tokens)."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(REFERENCE, torch_dtype=dtype, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(REFERENCE, dtype=dtype, local_files_only=True)
     return pipe if device is None else pipe.to(device)
 
 
