@@ -287,3 +287,18 @@ def test_a_reader_that_goes_away_is_no_error(demo):
     process.stdout.close()
     assert process.stderr.read() == ""
     process.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "--out", "made", "--stage", "nonsense"], "no stage 'nonsense'"),
+        (["build", "--out", "made", "--stage", "judge"], "run stage data first"),
+    ],
+)
+def test_a_reference_stage_that_cannot_run_is_told_in_one_line(run, tmp_path, arguments, message):
+    code, _, err = run("reference", *arguments)
+    assert code == 1
+    assert _is_one_error_line(err)
+    assert message in err
+    assert os.listdir(tmp_path) == []
