@@ -60,7 +60,9 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     two = torch.load(tmp_path / "two" / "weights.pt", weights_only=True)
     start = new_module().state_dict()
     for key in one:
-        assert (two[key] - one[key]).norm() < 1e-3 * (one[key] - start[key]).norm(), key
+        # Usually 5e-6 of the way; a last-bit difference can cross a bfloat16 rounding inside Muon and make it 1e-2.
+        # Training on one process's half of each batch alone ends 0.36 to 0.80 of the way apart.
+        assert (two[key] - one[key]).norm() < 0.05 * (one[key] - start[key]).norm(), key
 
 
 def test_a_batch_that_does_not_divide_is_refused():
