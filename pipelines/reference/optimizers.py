@@ -1,7 +1,7 @@
 """Muon (Jordan et al., 2024) for weight matrices and convolutions, AdamW for the rest, as one optimizer.
 
-On the 128x128 autoencoder, 400 steps of batch 16 reached 24 dB with a falling rate, where AdamW at constant rates of 1e-3
-and 3e-4 reached 14 to 16 dB.
+On the 128x128 autoencoder, 400 steps of batch 16 reached 24 dB with a falling rate, where AdamW at constant rates of
+1e-3 and 3e-4 reached 14 to 16 dB.
 """
 
 from __future__ import annotations
