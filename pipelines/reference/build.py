@@ -129,7 +129,6 @@ def ship(data: ReferenceData, out: Path, concepts: int) -> Path:
             shutil.copy(out / name, folder / name)
         # The text encoder's folder is also a sentence-transformers folder: the same weights find prompts.
         encoder = TextEncoder.from_pretrained(out / "clip" / "text_encoder")
-        encoder.backbone.half().float()
         encoder.save_pretrained(folder / "text_encoder")
         weights = folder / "text_encoder" / "model.safetensors"
         write_tensors(weights, half(read_tensors(weights)))

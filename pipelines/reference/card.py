@@ -42,8 +42,9 @@ pipe("fox, noto style, on a blue background", num_inference_steps=25, guidance_s
 Measured by `textcond reference build --stage evaluate`: 95% bootstrap intervals over pictures, nothing selected, 25
 steps, guidance 4. Style prompts: "{{name}}, {{style}} style", two a concept. Combinations add a background colour, one
 a concept. Top-1 and top-5 are among the {concepts} concepts, `top1_all` among all 1,044 that the judge knows. The judge
-is a classifier trained apart, on real artwork; its accuracy on real artwork that was disturbed and passed through the
-autoencoder bounds what its scores mean.
+is a classifier trained apart, on the same vendors' artwork; its own accuracy, on drawings that it trained on, disturbed
+and passed through the autoencoder, bounds what its scores mean. The pipeline was judged in float32, before its weights
+were rounded to the float16 that ships.
 
 {scores}
 
