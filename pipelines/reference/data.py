@@ -143,7 +143,7 @@ def sample_caption(concept: Concept, style: str, colour: str, rng: np.random.Gen
     if rng.random() < 0.15 and len(concept.keywords) > 1:
         count = min(len(concept.keywords), int(rng.integers(2, 5)))
         words = ", ".join(rng.permutation(concept.keywords)[:count])
-    said_style = style if rng.random() < 0.75 else None
+    said_style = style if rng.random() < 0.9 else None
     said_colour = colour if colour != DEFAULT_COLOUR or rng.random() < 0.15 else None
     return caption(concept, said_style, said_colour, words=words)
 
