@@ -130,7 +130,7 @@ def main() -> None:
     encoder = TextEncoder(model, tokenizer, config)
     encoder.save_pretrained(out)
     query = encoder.encode("吾輩は猫であるの作者は?", kind="query")
-    documents = encoder.encode(
+    right, wrong = encoder.encode(
         ["夏目漱石は『吾輩は猫である』を書いた。", "富士山は日本で一番高い山です。"], kind="document"
     )
     print(f"{out}: right passage {query @ right:.3f}, wrong passage {query @ wrong:.3f}")
