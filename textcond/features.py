@@ -83,11 +83,16 @@ class ContrastiveBatch:
 
     def false_negatives(self) -> Tensor:
         """Bool `(q, n)`: the document is right for the query and is not the positive that the loss pulls."""
-        right = (self.known_positives[:, :, None] == self.document_keys) & (self.known_positives[:, :, None] != 0)
-        right = right.any(1)
+        keys, columns = self.document_keys.unique(return_inverse=True)
+        texts, groups = self.query_keys.unique(return_inverse=True)
         # the positive of a query that reads the same is right too
-        positive_keys = self.document_keys[self.positives]
-        same_query = self.query_keys[:, None] == self.query_keys
-        right |= (same_query[:, :, None] & (positive_keys[None, :, None] == self.document_keys)).any(1)
+        right = torch.zeros(len(texts), len(keys), dtype=torch.bool, device=keys.device)
+        right[groups, columns[self.positives]] = True
+        right = right[groups]
+        for known in self.known_positives.T.contiguous():
+            place = torch.searchsorted(keys, known).clamp(max=len(keys) - 1)
+            found = (keys[place] == known) & (known != 0)
+            right[found.nonzero()[:, 0], place[found]] = True
+        right = right[:, columns]
         right[torch.arange(len(right), device=right.device), self.positives] = False
         return right

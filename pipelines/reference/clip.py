@@ -298,8 +298,9 @@ def train_clip(data: ReferenceData, out: Path, recipe: ClipRecipe, accelerator: 
         facts = [(data.icons[row][0], data.icons[row][1], colour) for row, colour in zip(rows, colours)]
         fits = torch.tensor([[claim.is_true_of(*fact) for claim in (*true, *false)] for fact in facts])
         count = len(facts)
-        to_text = info_nce(pictures, texts, temperature, false_negatives=fits)
-        to_picture = info_nce(texts[:count], pictures, temperature, false_negatives=fits[:, :count].T)
+        own = torch.arange(count)
+        to_text = info_nce(pictures @ texts.T / temperature, own, excluded=fits)
+        to_picture = info_nce(texts[:count] @ pictures.T / temperature, own, excluded=fits[:, :count].T)
         with torch.no_grad():
             best = (pictures @ texts.T).masked_fill(fits & ~torch.eye(count, 2 * count, dtype=torch.bool), -1).argmax(1)
             accuracy = (best == torch.arange(count)).float().mean().item()
