@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from textcond import PromptIndex, TextEncoder
+from textcond.files import half, read_tensors, write_tensors
 from textcond.folders import atomic_folder, write_json
 
 from .autoencoder import AutoencoderRecipe, held_out_psnr, train_autoencoder
@@ -24,7 +25,6 @@ from .clip import ClipRecipe, ImageTower, held_out_recall, train_clip
 from .data import DEFAULT_COLOUR, ReferenceData, caption, fetch_artwork, prepare
 from .denoiser import DenoiserRecipe, train_denoiser
 from .evaluate import evaluate, save_samples
-from .files import half, read_tensors, write_tensors
 from .judge import Judge, JudgeRecipe, judge_accuracy, train_judge
 
 STAGES = ("data", "autoencoder", "clip", "denoiser", "judge", "evaluate", "ship")

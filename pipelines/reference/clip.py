@@ -19,6 +19,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from textcond import TextEncoder, TextEncoderConfig
+from textcond.files import half, read_tensors, write_tensors
 from textcond.folders import atomic_folder, read_json, write_json
 from textcond.losses import info_nce
 
@@ -33,7 +34,6 @@ from .data import (
     composite,
     is_held_out,
 )
-from .files import half, read_tensors, write_tensors
 from .loop import fit, share, step_generator
 
 MAX_TOKENS = 32

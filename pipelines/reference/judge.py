@@ -17,10 +17,10 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 from tqdm import tqdm
 
+from textcond.files import half, read_tensors, write_tensors
 from textcond.folders import atomic_folder, read_json, write_json
 
 from .data import COLOURS, STYLES, ReferenceData, composite
-from .files import half, read_tensors, write_tensors
 from .loop import fit, share, step_generator
 
 SIZE = 64

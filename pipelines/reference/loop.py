@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
+from textcond.files import read_tensors, write_mark, write_tensors
 from textcond.folders import read_json
 
-from .files import read_tensors, write_mark, write_tensors
 from .optimizers import MuonAdamW
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint files of the reference recipe: safetensors and JSON, renamed into place."""
+"""Checkpoint files: safetensors and JSON, renamed into place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from textcond.folders import write_json
+from .folders import write_json
 
 
 def write_mark(path: Path, content: Any) -> None:

@@ -1,0 +1,290 @@
+"""One step on a joint batch: gradients exact for every loss, in the memory of a mini-batch, on any number of processes.
+
+GradCache (Gao et al., 2021) with one change: the loss sees the features of all processes, and every process computes
+the whole of it. So nothing in a loss communicates, and hard negatives of one process cannot be taken for the
+positives of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from textcond.data import Example
+from textcond.encoder import TextEncoder
+from textcond.features import ContrastiveBatch, Features
+
+
+@dataclass
+class TextBatch:
+    """The texts of a joint batch: q queries, and the n documents drawn for them, in the order of their queries.
+
+    - `prompts`: what each query has before it in place of the encoder's query prompt; None for the encoder's own.
+    - `owners`: the query of each document. The first document of a query is its positive.
+    - `known_positives`: of each query, all texts that are right for it.
+    - `teacher_scores`: of each document, NaN where unknown.
+    """
+
+    queries: list[str]
+    prompts: list[str | None]
+    documents: list[str]
+    owners: list[int]
+    known_positives: list[list[str]]
+    teacher_scores: list[float]
+
+    @classmethod
+    def draw(cls, examples: Sequence[Example], negatives: int, rng: torch.Generator) -> TextBatch:
+        """Draw one positive and up to `negatives` explicit negatives of each example."""
+        batch = cls([], [], [], [], [], [])
+        for row, example in enumerate(examples):
+            positive = int(torch.randint(len(example.positives), (1,), generator=rng))
+            chosen = torch.randperm(len(example.negatives), generator=rng)[:negatives].tolist()
+            batch.queries.append(example.query)
+            batch.prompts.append(example.prompt)
+            batch.known_positives.append(example.positives)
+            batch.documents += [example.positives[positive], *(example.negatives[index] for index in chosen)]
+            batch.owners += [row] * (1 + len(chosen))
+            scores = example.positive_scores
+            batch.teacher_scores.append(float("nan") if scores is None else scores[positive])
+            scores = example.negative_scores
+            batch.teacher_scores += [float("nan") if scores is None else scores[index] for index in chosen]
+        return batch
+
+    def shares(self, processes: int) -> list[tuple[range, range]]:
+        """Return for each process the queries and the documents that it encodes: neighbours, nearly equally many.
+
+        Raises:
+            ValueError: for fewer queries than processes.
+        """
+        total = len(self.queries)
+        if total < processes:
+            raise ValueError(f"a batch of {total} queries cannot be shared by {processes} processes: make it larger")
+        bounds = [total * process // processes for process in range(processes + 1)]
+        starts = [bisect_left(self.owners, bound) for bound in bounds]
+        return [
+            (range(bounds[process], bounds[process + 1]), range(starts[process], starts[process + 1]))
+            for process in range(processes)
+        ]
+
+    def joint(self, queries: Features, documents: Features) -> ContrastiveBatch:
+        """Return what a loss sees, from the features of all queries and all documents."""
+        device = queries.dense.device
+        owners = torch.tensor(self.owners, device=device)
+        keys = [[_key(text) for text in texts] for texts in self.known_positives]
+        width = max(map(len, keys))
+        scores = torch.tensor(self.teacher_scores, dtype=torch.float32, device=device)
+        return ContrastiveBatch(
+            queries=queries,
+            documents=documents,
+            positives=torch.searchsorted(owners, torch.arange(len(self.queries), device=device)),
+            owners=owners,
+            query_keys=torch.tensor([_key(text) for text in self.queries], device=device),
+            document_keys=torch.tensor([_key(text) for text in self.documents], device=device),
+            known_positives=torch.tensor([row + [0] * (width - len(row)) for row in keys], device=device),
+            teacher_scores=None if scores.isnan().all() else scores,
+        )
+
+
+def _key(text: str) -> int:
+    """A 63-bit key of a text, never 0."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1 | 1
+
+
+@dataclass
+class Chunk:
+    """Texts that go through the encoder together, and the random state in which they did."""
+
+    texts: list[str]
+    kind: str
+    prompt: str | None
+    rows: list[int]
+    state: dict[str, Tensor] | None = None
+
+
+def chunks(texts: Sequence[str], kind: str, prompts: Sequence[str | None], size: int | None) -> list[Chunk]:
+    """Cut texts into chunks of one prompt each and at most `size` texts."""
+    by_prompt: dict[str | None, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_prompt.setdefault(prompt, []).append(row)
+    cut = []
+    for prompt, rows in by_prompt.items():
+        for start in range(0, len(rows), size or len(rows)):
+            part = rows[start : start + (size or len(rows))]
+            cut.append(Chunk([texts[row] for row in part], kind, prompt, part))
+    return cut
+
+
+def encode_chunk(encoder: TextEncoder, chunk: Chunk) -> Features:
+    """Return the features of a chunk, its own prompt in place of the encoder's."""
+    if chunk.prompt is None:
+        return encoder.features(chunk.texts, kind=chunk.kind)
+    own = encoder.config
+    encoder.config = replace(own, prompts={**own.prompts, chunk.kind: chunk.prompt})
+    try:
+        return encoder.features(chunk.texts, kind=chunk.kind)
+    finally:
+        encoder.config = own
+
+
+def backward(
+    encoder: TextEncoder,
+    loss: nn.Module,
+    batch: TextBatch,
+    accelerator: Accelerator,
+    *,
+    mini_batch: int | None = None,
+    teacher: TextEncoder | None = None,
+    guide: TextEncoder | None = None,
+) -> float:
+    """Add the gradients of a joint batch to the parameters of encoder and loss, and return the loss.
+
+    Each process encodes its share. With more than one chunk it does so without a graph, keeps the random state of each
+    chunk, and goes through the chunks again with the gradients of their features. The gradients of the encoder are
+    summed over processes; those of the loss are the same on each.
+
+    Args:
+        encoder: in training or evaluation mode, as the caller wants its dropout.
+        loss: `ContrastiveBatch -> scalar`.
+        batch: the same on every process.
+        accelerator: knows the processes.
+        mini_batch: texts that are in memory with their graph at a time; None for all.
+        teacher: a frozen encoder whose vectors are distilled.
+        guide: a frozen encoder that tells false negatives.
+    """
+    shares = batch.shares(accelerator.num_processes)
+    own_queries, own_documents = shares[accelerator.process_index]
+    queries, prompts = ([texts[row] for row in own_queries] for texts in (batch.queries, batch.prompts))
+    documents = [batch.documents[row] for row in own_documents]
+    sides = [
+        chunks(queries, "query", prompts, mini_batch),
+        chunks(documents, "document", [None] * len(documents), mini_batch),
+    ]
+    cached = mini_batch is not None and sum(map(len, sides)) > 2
+    outputs, leaves = [], []
+    for side in sides:
+        parts = []
+        for chunk in side:
+            chunk.state = _random_state(accelerator.device) if cached else None
+            with torch.set_grad_enabled(not cached), accelerator.autocast():
+                parts.append(encode_chunk(encoder, chunk))
+        outputs.append(parts)
+        leaves.append(_in_order(parts, side))
+    leaves = [side.map(_as_leaf) for side in leaves]
+    counts = [[len(share[which]) for share in shares] for which in (0, 1)]
+    seen = batch.joint(*(gather(side, count, accelerator) for side, count in zip(leaves, counts)))
+    for name, frozen in (("teacher", teacher), ("guide", guide)):
+        if frozen is not None:
+            queries, documents = (
+                gather(_frozen(frozen, side), count, accelerator).dense for side, count in zip(sides, counts)
+            )
+            seen = replace(seen, **{f"{name}_queries": queries, f"{name}_documents": documents})
+    value = loss(seen)
+    if not torch.isfinite(value):
+        raise FloatingPointError(f"the loss is {float(value.detach())}")
+    value.backward()
+    for side, parts, leaf in zip(sides, outputs, leaves):
+        for chunk, output in zip(side, parts):
+            rows = torch.tensor(chunk.rows, device=accelerator.device)
+            if cached:
+                with _replayed(chunk.state, accelerator.device), accelerator.autocast():
+                    output = encode_chunk(encoder, chunk)
+            pulled, gradients = [], []
+            for name in ("dense", "sparse", "tokens"):
+                tensor, source = getattr(output, name), getattr(leaf, name)
+                if tensor is None or source.grad is None:
+                    continue
+                gradient = source.grad[rows]
+                pulled.append(tensor)
+                gradients.append(gradient if tensor.ndim < 2 or name == "dense" else gradient[:, : tensor.shape[1]])
+            if pulled:
+                torch.autograd.backward(pulled, gradients)
+    if accelerator.num_processes > 1:
+        sum_gradients(encoder, accelerator)
+    return float(value.detach())
+
+
+def gather(features: Features, counts: Sequence[int], accelerator: Accelerator) -> Features:
+    """Return the features of all processes, in their order; the own ones keep their graph.
+
+    Args:
+        features: of this process.
+        counts: texts of each process.
+        accelerator: knows the processes.
+    """
+    if accelerator.num_processes == 1:
+        return features
+
+    def joined(tensor: Tensor) -> Tensor:
+        bare = tensor.detach()
+        if tensor.ndim > 1:
+            bare = accelerator.pad_across_processes(bare, dim=1)
+        bare = nn.functional.pad(bare, (0, 0) * (bare.ndim - 1) + (0, max(counts) - len(bare)))
+        parts = list(accelerator.gather(bare).split(max(counts)))
+        parts = [part[:count] for part, count in zip(parts, counts)]
+        own = tensor
+        if tensor.ndim > 1 and tensor.shape[1] < bare.shape[1]:
+            own = nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, bare.shape[1] - tensor.shape[1]))
+        parts[accelerator.process_index] = own
+        return torch.cat(parts)
+
+    return features.map(joined)
+
+
+def sum_gradients(module: nn.Module, accelerator: Accelerator) -> None:
+    """Sum the gradients of a module over processes, in one transfer; a parameter without one on a process counts 0."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    flat = torch.cat(
+        [
+            (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten().float()
+            for parameter in parameters
+        ]
+    )
+    flat = accelerator.reduce(flat, "sum")
+    for parameter, gradient in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
+        parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+
+
+def _in_order(parts: Sequence[Features], side: Sequence[Chunk]) -> Features:
+    joined = Features.cat(parts)
+    order = torch.tensor([row for chunk in side for row in chunk.rows], device=joined.dense.device).argsort()
+    return joined.map(lambda tensor: tensor.detach()[order])
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    return tensor.requires_grad_() if tensor.is_floating_point() else tensor
+
+
+@torch.no_grad()
+def _frozen(encoder: TextEncoder, side: Sequence[Chunk]) -> Features:
+    return _in_order([Features(encode_chunk(encoder, replace(chunk, prompt=None)).dense) for chunk in side], side)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+@contextmanager
+def _replayed(state: dict[str, Tensor], device: torch.device) -> Iterator[None]:
+    """Go back to a random state for a while."""
+    now = _random_state(device)
+    _set_random_state(state, device)
+    try:
+        yield
+    finally:
+        _set_random_state(now, device)
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,379 @@
+"""Contrastive training of a text encoder, stage by stage: checkpointed, resumed exactly, the best kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from textcond.data import BatchSampler, Example, ExampleFile, as_example_file
+from textcond.encoder import TextEncoder
+from textcond.evaluation import Comparison, RetrievalTask, Scores, evaluate_retrieval
+from textcond.files import read_tensors, write_mark, write_tensors
+from textcond.folders import read_json
+from textcond.losses import build_loss
+
+from .card import model_card
+from .recipe import Recipe, Stage, changes
+from .step import TextBatch, backward
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, out: str | Path) -> Path:
+    """Train by a recipe in a working folder, and return the encoder's folder, `out/encoder`.
+
+    `out` holds `recipe.json`, `checkpoint/`, `log.jsonl`, and, with evaluation tasks, `scores.json` and `best/`. The
+    same call goes on from the checkpoint, on CPU to the same weights bit for bit. Under `accelerate launch` or
+    `torchrun` every process calls it alike.
+
+    Raises:
+        ValueError: if `out` was begun with another recipe; it says what changed.
+        FloatingPointError: if the loss or its gradient is not finite; it names the batch, the last checkpoint stays.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when the state of the last whole step is on disk.
+    """
+    return Trainer(recipe, Path(out).expanduser()).train()
+
+
+class Trainer:
+    """The state of a training; see `train`."""
+
+    def __init__(self, recipe: Recipe, out: Path):
+        self.recipe, self.out = recipe, out
+        trackers = {"log_with": "tensorboard", "project_dir": out} if recipe.tensorboard else {}
+        cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.mixed_precision, **trackers)
+        self._claim()
+        if recipe.tensorboard:
+            self.accelerator.init_trackers("tensorboard")
+        self.tasks = [RetrievalTask.load(task) for task in recipe.evaluation.tasks]
+        torch.manual_seed(recipe.seed)  # new heads and adapters
+        self.encoder = _load(recipe).to(self.accelerator.device)
+        self.scores: dict[str, dict[str, Any]] = {}
+        self.stage, self.step, self.best, self.stale = 0, 0, -math.inf, 0
+        self.interrupted = False
+        self.short: set[int] = set()
+
+    def train(self) -> Path:
+        """Run what is left of the stages, and write the encoder with its card."""
+        checkpoint = self._read_checkpoint()
+        if self.tasks and "base" not in self.scores:
+            self._evaluate("base")
+        with self._signals():
+            while self.stage < len(self.recipe.stages):
+                self._run_stage(self.recipe.stages[self.stage], checkpoint)
+                checkpoint = None
+                self.stage, self.step, self.stale = self.stage + 1, 0, 0
+        final = self.out / "encoder"
+        if self.accelerator.is_main_process:
+            best = self.out / "best"
+            encoder = TextEncoder.from_pretrained(best) if best.is_dir() else self._merged()
+            encoder.save_pretrained(final)
+            comparison = self._comparison()
+            (final / "README.md").write_text(model_card(self.recipe, comparison), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return final
+
+    def _run_stage(self, stage: Stage, checkpoint: tuple[dict[str, Any], dict[str, Tensor]] | None) -> None:
+        datasets = self._datasets(stage)
+        sampler = BatchSampler(
+            datasets,
+            weights=_weights(stage, datasets),
+            batch_size=stage.batch_size,
+            batch_tokens=stage.batch_tokens,
+            length=self._length if stage.batch_tokens else None,
+            seed=self.recipe.seed + self.stage,
+        )
+        loss = build_loss(stage.loss).to(self.accelerator.device)
+        teacher, guide = (_frozen(name, self.accelerator.device) for name in (stage.teacher, stage.guide))
+        trained = self._trained(loss)
+        optimizer = torch.optim.AdamW(_groups(trained, stage), lr=stage.learning_rate, fused=True)
+        if checkpoint is not None:
+            mark, tensors = checkpoint
+            sampler.load_state_dict(mark["sampler"])
+            _restore(trained, optimizer, tensors)
+        saved_at = time.monotonic()
+        name = stage.name or f"stage {self.stage}"
+        main = self.accelerator.is_main_process
+        bar = tqdm(total=stage.steps, initial=self.step, desc=name, unit="step", disable=not main, mininterval=2)
+        with bar:
+            while self.step < stage.steps and not self._patience_spent():
+                self.encoder.train()
+                source, rows = next(sampler)
+                generator = torch.Generator().manual_seed(self._seed())
+                batch = TextBatch.draw([datasets[source][row] for row in rows], stage.negatives, generator)
+                self._count_short(batch, stage.negatives, len(rows))
+                torch.manual_seed(self._seed() + 1 + self.accelerator.process_index)  # dropout
+                where = f"stage {self.stage} ({name}), step {self.step}, rows {rows} of {source}"
+                try:
+                    value = backward(
+                        self.encoder,
+                        loss,
+                        batch,
+                        self.accelerator,
+                        mini_batch=stage.mini_batch,
+                        teacher=teacher,
+                        guide=guide,
+                    )
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{where}: {error}; lower the learning rate or mend the rows") from error
+                norm = torch.nn.utils.clip_grad_norm_(trained.values(), stage.max_grad_norm)
+                if not torch.isfinite(norm):
+                    raise FloatingPointError(f"{where}: the gradient is {norm}; lower the learning rate")
+                rate = stage.learning_rate * schedule(self.step, stage)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad()
+                self.step += 1
+                bar.update()
+                bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+                self._log(loss=value, learning_rate=rate, data=source)
+                every = self.recipe.evaluation.every
+                if self.tasks and ((every and self.step % every == 0) or self.step == stage.steps):
+                    self._evaluate(f"{name}, step {self.step}")
+                due = time.monotonic() - saved_at > self.recipe.save_every
+                last = self.step == stage.steps or self._patience_spent()
+                if due or last or self.interrupted:
+                    self._save_checkpoint(sampler, trained, optimizer)
+                    saved_at = time.monotonic()
+                if self.interrupted:
+                    raise KeyboardInterrupt
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def _datasets(self, stage: Stage) -> dict[str, ExampleFile]:
+        datasets = {}
+        with self.accelerator.main_process_first():
+            for data in stage.data:
+                path = Path(data.path).expanduser()
+                datasets[str(path)] = as_example_file(path, data.format, self.out / "data", **data.options)
+        return datasets
+
+    def _length(self, example: Example) -> int:
+        """Tokens of an example as BatchSampler counts them: its longest text."""
+        longest = max([example.query, *example.positives, *example.negatives], key=len)
+        return len(self.encoder.tokenize([longest])["input_ids"][0])
+
+    def _count_short(self, batch: TextBatch, negatives: int, rows: int) -> None:
+        if len(batch.documents) < rows * (1 + negatives) and self.stage not in self.short:
+            self.short.add(self.stage)
+            logger.warning(
+                "stage %d: examples with fewer than the %d negatives asked for are trained with those that they have",
+                *(self.stage, negatives),
+            )
+
+    def _seed(self) -> int:
+        """A number of its own for every step: with the sampler's state it is all the randomness that there is."""
+        return (self.recipe.seed * 1_009 + self.stage) * 100_000_007 + self.step * 1_009
+
+    # -- parameters --------------------------------------------------------------------------------------------------
+
+    def _trained(self, loss: nn.Module) -> dict[str, nn.Parameter]:
+        named = {f"encoder.{name}": parameter for name, parameter in self.encoder.named_parameters()}
+        named |= {f"loss.{name}": parameter for name, parameter in loss.named_parameters()}
+        return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+
+    def _merged(self) -> TextEncoder:
+        """The encoder, its adapter merged into a copy."""
+        if not hasattr(self.encoder.backbone, "merge_and_unload"):
+            return self.encoder
+        merged = copy.copy(self.encoder)
+        merged._modules = dict(self.encoder._modules)
+        merged.backbone = copy.deepcopy(self.encoder.backbone).merge_and_unload()
+        return merged
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, name: str) -> None:
+        """Score the encoder; every process does, so that all decide alike."""
+        self.encoder.eval()
+        scores = {task.name: evaluate_retrieval(self.encoder, task) for task in self.tasks}
+        self.scores[name] = {task: score.per_query for task, score in scores.items()}
+        metric = self.recipe.evaluation.metric
+        value = sum(score.mean(metric) for score in scores.values()) / len(scores)
+        self._log(**{metric: value})
+        if name == "base":
+            return
+        if value > self.best:
+            self.best, self.stale = value, 0
+            if self.accelerator.is_main_process:
+                self._merged().save_pretrained(self.out / "best")
+        else:
+            self.stale += 1
+
+    def _patience_spent(self) -> bool:
+        patience = self.recipe.evaluation.patience
+        return patience is not None and self.stale >= patience
+
+    def _comparison(self) -> Comparison | None:
+        if not self.scores:
+            return None
+        rows = self.scores.items()
+        return Comparison({name: {task: Scores(task, values) for task, values in row.items()} for name, row in rows})
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        """Write the recipe into a new folder; refuse a folder that was begun with another."""
+        file, now = self.out / "recipe.json", self.recipe.to_dict()
+        if file.is_file():
+            if different := changes(read_json(file), now):
+                raise ValueError(
+                    f"{self.out} was begun with another recipe ({'; '.join(different)}): "
+                    "resume with the same, or choose another folder"
+                )
+        elif self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_mark(file, now)
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(
+        self, sampler: BatchSampler, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Write one safetensors file, then the mark that names it: a kill in between leaves the older pair whole."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = self.out / "checkpoint"
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"parameter.{name}": parameter for name, parameter in trained.items()}
+        for name, parameter in trained.items():
+            state = optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{key}.{name}": torch.as_tensor(value) for key, value in state.items()}
+        file = f"state-{self.stage}-{self.step}.safetensors"
+        write_tensors(folder / file, tensors)
+        mark = {
+            "file": file,
+            "stage": self.stage,
+            "step": self.step,
+            "best": None if math.isinf(self.best) else self.best,
+            "stale": self.stale,
+            "scores": self.scores,
+            "sampler": sampler.state_dict(),
+        }
+        write_mark(folder / "mark.json", mark)
+        for old in folder.glob("state-*.safetensors"):
+            if old.name != file:
+                old.unlink()
+
+    def _read_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        mark_file = self.out / "checkpoint" / "mark.json"
+        if not mark_file.is_file():
+            return None
+        mark = read_json(mark_file)
+        tensors = read_tensors(mark_file.parent / mark["file"])
+        self.stage, self.step, self.scores, self.stale = mark["stage"], mark["step"], mark["scores"], mark["stale"]
+        self.best = -math.inf if mark["best"] is None else mark["best"]
+        return mark, tensors
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let Ctrl-C and a polite kill end the step under way first; a second one stops at once."""
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+    def _log(self, **figures: Any) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
+            row = {"time": time.time(), "stage": self.stage, "step": self.step, **figures}
+            file.write(json.dumps(row) + "\n")
+        if self.recipe.tensorboard:
+            numbers = {key: value for key, value in figures.items() if key != "data"}
+            done = sum(stage.steps for stage in self.recipe.stages[: self.stage])
+            self.accelerator.log(numbers, step=done + self.step)
+
+
+def schedule(step: int, stage: Stage) -> float:
+    """Return the share of the learning rate at a step: a linear rise, then the stage's schedule."""
+    warmup = round(stage.steps * stage.warmup)
+    if step < warmup:
+        return (step + 1) / warmup
+    if stage.schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, stage.steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress)) if stage.schedule == "cosine" else 1 - progress
+
+
+def _load(recipe: Recipe) -> TextEncoder:
+    encoder = TextEncoder.from_pretrained(
+        recipe.model,
+        pooling=recipe.pooling,
+        normalize=recipe.normalize,
+        prompts=recipe.prompts,
+        max_length=recipe.max_length,
+    )
+    if recipe.lora:
+        from peft import LoraConfig, get_peft_model
+
+        encoder.backbone = get_peft_model(
+            encoder.backbone,
+            LoraConfig(
+                r=recipe.lora.r,
+                lora_alpha=recipe.lora.alpha,
+                lora_dropout=recipe.lora.dropout,
+                target_modules=recipe.lora.target_modules,
+            ),
+        )
+    if recipe.heads:
+        encoder.add_heads(sparse="sparse" in recipe.heads, tokens="tokens" in recipe.heads)
+    return encoder
+
+
+def _frozen(name: str | None, device: torch.device) -> TextEncoder | None:
+    return None if name is None else TextEncoder.from_pretrained(name, device=device).eval().requires_grad_(False)
+
+
+def _weights(stage: Stage, datasets: dict[str, ExampleFile]) -> dict[str, float] | None:
+    given = [data.weight for data in stage.data]
+    if all(weight is None for weight in given):
+        return None
+    if any(weight is None for weight in given):
+        raise ValueError(f"stage {stage.name!r}: give a weight to every data set or to none")
+    return dict(zip(datasets, given))
+
+
+def _groups(trained: dict[str, nn.Parameter], stage: Stage) -> list[dict[str, Any]]:
+    """Weight decay for matrices only, as in BERT."""
+    decayed = [parameter for parameter in trained.values() if parameter.ndim > 1]
+    others = [parameter for parameter in trained.values() if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _restore(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in trained.items():
+        parameter.data.copy_(tensors[f"parameter.{name}"])
+        state = {
+            key: tensors[f"optimizer.{key}.{name}"]
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"optimizer.{key}.{name}" in tensors
+        }
+        if state:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+            }
