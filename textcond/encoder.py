@@ -30,13 +30,19 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
+from .features import Features
 from .folders import atomic_folder, check_weights, model_folder, read_json, write_json
+from .heads import load_heads, new_heads, save_heads
+from .onednn import OneDnnLinear
 from .open_clip_import import load_open_clip_text
+from .packing import can_pack, packed_states
 from .pooling import POOLINGS, pool
 from .sentence_folder import as_projection, dense_layers, read_sentence_folder, write_sentence_folder
 
 OPEN_CLIP = "open_clip:"
 WINDOW = 16_384  # texts that encode sorts by length at a time, and all that it holds of a generator
+BATCH_TOKENS = 4096  # tokens that go through the backbone together
+PACKED_BATCH_TOKENS = 2048  # few enough that the states of a layer stay in a CPU's cache
 MODEL_FOLDER_OWNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "[0-9]_*", "[0-9][0-9]_*")
 TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model")
 
@@ -133,6 +139,7 @@ class TextEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.config = config or TextEncoderConfig()
         self.projection = as_projection(projection)
+        self.heads = nn.ModuleDict()
         self.name_or_path: str | None = None
         if self.projection is not None:
             expected = dense_layers(self.projection)[0].linear.in_features
@@ -189,9 +196,13 @@ class TextEncoder(nn.Module):
             attention_mask: `(batch, tokens)`, 1 for a token that is there; None means all are.
             pooling_mask: `(batch, tokens)`, 1 for a token that pooling reads; None means those attended to.
         """
-        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if pooling_mask is None:
             pooling_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        with OneDnnLinear():
+            states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return TextEncoderOutput(states, self._vectors(states, input_ids, pooling_mask))
+
+    def _vectors(self, states: Tensor, input_ids: Tensor, pooling_mask: Tensor) -> Tensor:
         vectors = pool(
             states,
             pooling_mask,
@@ -203,7 +214,7 @@ class TextEncoder(nn.Module):
             vectors = self.projection(vectors.to(next(self.projection.parameters()).dtype)).float()
         if self.config.normalize:
             vectors = nn.functional.normalize(vectors, dim=-1)
-        return TextEncoderOutput(states, vectors)
+        return vectors
 
     def tokenize(self, texts: Sequence[str], *, kind: str | None = None) -> dict[str, Tensor]:
         """Return the arguments of `forward` for a batch of texts, `(batch, tokens)` each, padded at the right.
@@ -214,15 +225,82 @@ class TextEncoder(nn.Module):
         prompt = self._prompt(kind)
         return self._pad(self._token_ids(texts, prompt), self._prompt_tokens(prompt))
 
+    def features(self, texts: Sequence[str], *, kind: str | None = None) -> Features:
+        """Encode texts for a loss: in their order, with gradients, and with dropout where the encoder is in training.
+
+        Args:
+            texts: of any lengths; they go through the backbone as `encode`'s do.
+            kind: as in `encode`.
+
+        Raises:
+            TypeError: if something among the texts is not a string.
+            ValueError: for an unknown kind.
+        """
+        prompt = self._prompt(kind)
+        prompt_tokens = self._prompt_tokens(prompt)
+        if not len(texts):
+            return Features(torch.empty(0, self.dim, device=self.device))
+        ids = self._token_ids(texts, prompt)
+        batches = list(self._batches(ids))
+        parts = [self._features([ids[index] for index in batch], prompt_tokens) for batch in batches]
+        inverse = torch.tensor([index for batch in batches for index in batch], device=self.device).argsort()
+        return Features.cat(parts).map(lambda tensor: tensor[inverse])
+
+    def _batches(self, ids: Sequence[Sequence[int]], batch_tokens: int | None = None) -> Iterator[list[int]]:
+        lengths = [len(row) for row in ids]
+        packed = can_pack(self.backbone, max(lengths))
+        return _batches(lengths, batch_tokens or (PACKED_BATCH_TOKENS if packed else BATCH_TOKENS), packed=packed)
+
+    def _features(self, ids: Sequence[Sequence[int]], prompt_tokens: int) -> Features:
+        """Return what the backbone and the heads give of texts, longest first."""
+        inputs = self._pad(ids, prompt_tokens)
+        input_ids, attention_mask = inputs["input_ids"], inputs.get("attention_mask")
+        lengths = [len(row) for row in ids]
+        with OneDnnLinear():
+            if attention_mask is not None and can_pack(self.backbone, lengths[0]):
+                states = packed_states(self.backbone, input_ids, lengths)
+            else:
+                states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            mask = inputs.get("pooling_mask", mask)
+            features = Features(self._vectors(states, input_ids, mask))
+            if len(self.heads):
+                special = torch.isin(input_ids, torch.tensor(self.tokenizer.all_special_ids, device=self.device))
+                mask = mask.bool()
+                mask[:, 0] &= ~special[:, 0]  # [CLS] stands for the whole text, and has the dense vector
+                features.token_ids, features.token_mask = input_ids, mask
+                if "sparse" in self.heads:
+                    features.sparse = self.heads["sparse"](states, mask & ~special)
+                if "tokens" in self.heads:
+                    features.tokens = self.heads["tokens"](states, mask)
+        return features
+
+    def add_heads(self, *, sparse: bool = True, tokens: bool | int = True) -> None:
+        """Put new BGE-M3 heads with random weights on the token states, in place of those that were there.
+
+        Args:
+            sparse: a head that weighs every token, for lexical matching.
+            tokens: a head that gives every token a vector: its width, or True for the backbone's.
+
+        Raises:
+            ValueError: for a negative width.
+        """
+        if tokens < 0:
+            raise ValueError(f"tokens={tokens}: give the width of the token vectors, True or False")
+        width = self.backbone.config.hidden_size
+        heads = new_heads(width, sparse=sparse, tokens=width if tokens is True else int(tokens))
+        self.heads = heads.to(self.device, self.dtype).train(self.training)
+
     def encode(
         self,
         texts: str | Iterable[str],
         *,
         kind: str | None = None,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         show_progress_bar: bool = False,
         convert_to_tensor: bool = False,
-    ) -> np.ndarray | Tensor:
+        output: str = "dense",
+    ) -> np.ndarray | Tensor | list | dict[int, float]:
         """Encode texts to float32 vectors `(n, dim)` in their order; a single string to `(dim,)`.
 
         Texts are read a window at a time, so that a generator is never held whole, and within a window texts of equal
@@ -232,16 +310,22 @@ class TextEncoder(nn.Module):
             texts: a text, or any iterable of texts.
             kind: "query" or "document" for that prompt, or the name of any other prompt in the config; None for the
                 default prompt, if the config names one.
-            batch_tokens: tokens in a batch, padding included. Raise it on an accelerator.
+            batch_tokens: tokens in a batch, padding included; None for what suits the backbone. Raise it on an
+                accelerator.
             show_progress_bar: show progress and rate.
             convert_to_tensor: return a tensor on the encoder's device in place of a numpy array.
+            output: "dense"; or with such heads "sparse", a list of `{token id: weight}` with the largest weight of
+                each token that has one above 0, or "tokens", a list of unit vectors `(tokens, width)`. Of a single
+                string the one thing, not a list.
 
         Raises:
             TypeError: if something among the texts is not a string.
-            ValueError: for an unknown kind or a batch_tokens below 1.
+            ValueError: for an unknown kind or output, an output without its head, or a batch_tokens below 1.
         """
-        if batch_tokens < 1:
+        if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens}: give at least 1")
+        if output != "dense" and output not in self.heads:
+            raise ValueError(f"no head for output={output!r}: use one of {', '.join(['dense', *self.heads])}")
         single = isinstance(texts, str)
         texts = [texts] if single else texts
         prompt = self._prompt(kind)
@@ -250,6 +334,7 @@ class TextEncoder(nn.Module):
         total = len(texts) if hasattr(texts, "__len__") else None
 
         windows = [torch.empty(0, self.dim, device=target)]
+        ragged: list[Any] = []
         source = iter(texts)
         training = [module for module in self.modules() if module.training]
         self.eval()
@@ -258,15 +343,24 @@ class TextEncoder(nn.Module):
                 while window := list(islice(source, WINDOW)):
                     ids = self._token_ids(window, prompt)
                     vectors = torch.empty(len(ids), self.dim, device=target)
-                    for batch in _batches([len(row) for row in ids], batch_tokens):
+                    start = len(ragged)
+                    ragged += [None] * (0 if output == "dense" else len(ids))
+                    for batch in self._batches(ids, batch_tokens):
                         with torch.inference_mode():
-                            inputs = self._pad([ids[index] for index in batch], prompt_tokens)
-                            vectors[batch] = self(**inputs).vectors.to(target)
+                            features = self._features([ids[index] for index in batch], prompt_tokens)
+                            if output == "dense":
+                                vectors[batch] = features.dense.to(target)
+                            else:
+                                for index, row in zip(batch, _ragged(features, output, target)):
+                                    ragged[start + index] = row
                         progress.update(len(batch))
                     windows.append(vectors)
         finally:
             for module in training:
                 module.training = True
+        if output != "dense":
+            rows = ragged if output == "sparse" or convert_to_tensor else [row.numpy() for row in ragged]
+            return rows[0] if single else rows
         vectors = torch.cat(windows) if len(windows) > 2 else windows[-1]
         vectors = vectors[0] if single else vectors
         return vectors if convert_to_tensor else vectors.numpy()
@@ -287,6 +381,7 @@ class TextEncoder(nn.Module):
         tensors = {f"backbone.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
         if self.projection is not None:
             tensors |= {f"projection.{name}": tensor for name, tensor in self.projection.state_dict().items()}
+        tensors |= {f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}
         for name in sorted(tensors):
             if name.startswith("backbone.pooler."):  # BERT's head for next-sentence prediction: no vector passes it
                 continue
@@ -338,7 +433,7 @@ class TextEncoder(nn.Module):
             ValueError: damaged, incomplete or unsupported content, by name.
         """
         name = str(name_or_path)
-        projection = None
+        projection = folder = None
         if name.startswith(OPEN_CLIP):
             backbone, projection, tokenizer = load_open_clip_text(name.removeprefix(OPEN_CLIP))
             backbone.to(dtype)
@@ -367,6 +462,8 @@ class TextEncoder(nn.Module):
             backbone = merge_adapter(backbone, model_folder(adapter))
         encoder = cls(backbone, tokenizer, config, projection)
         encoder.name_or_path = name
+        if folder is not None:
+            encoder.heads = load_heads(folder, backbone.config.hidden_size, dtype)
         return encoder if device is None else encoder.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -392,6 +489,7 @@ class TextEncoder(nn.Module):
             self.backbone.save_pretrained(new)
             tokenizer.save_pretrained(new)
             write_sentence_folder(new, settings, self.projection, self.backbone.config.hidden_size)
+            save_heads(self.heads, new)
             if self.config.pooling == "eos":  # a pooling that the sentence-transformers files have no word for
                 write_json(new / "textcond.json", {"pooling": "eos"})
 
@@ -466,17 +564,31 @@ class TextEncoder(nn.Module):
         return next((token_id for token_id in ids if token_id is not None), 0)
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def _ragged(features: Features, output: str, device: torch.device) -> Iterator[Any]:
+    """Yield one text's sparse weights as `{token id: weight}`, or its token vectors, at a time."""
+    if output == "tokens":
+        for vectors, mask in zip(features.tokens, features.token_mask):
+            yield vectors[mask].to(device)
+        return
+    for ids, weights in zip(features.token_ids.tolist(), features.sparse.tolist()):
+        largest: dict[int, float] = {}
+        for token_id, weight in zip(ids, weights):
+            if weight > largest.get(token_id, 0):
+                largest[token_id] = weight
+        yield largest
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int, packed: bool = False) -> Iterator[list[int]]:
     """Yield the indices of texts that go through the backbone together, longest first.
 
-    A batch ends when it is full, or where the length changes once it is a quarter full: by then another batch costs
-    less than padding to this one's length would.
+    A batch ends when it is full; and unless it will be packed where the length changes once it is a quarter full: by
+    then another batch costs less than padding to this one's length would.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         longest = lengths[batch[0]] if batch else 0
         full = (len(batch) + 1) * longest > batch_tokens
-        shorter = lengths[index] < longest and len(batch) * longest * 4 >= batch_tokens
+        shorter = not packed and lengths[index] < longest and len(batch) * longest * 4 >= batch_tokens
         if batch and (full or shorter):
             yield batch
             batch = []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from textcond.losses import build_loss
+from textcond.negatives import MiningOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,6 +32,29 @@ class Data:
     format: str = "auto"
     weight: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Mining:
+    """Negatives found for a stage's data before it begins, by the encoder as the stages before have left it.
+
+    - `corpus`: what `textcond.negatives.Corpus` reads.
+    - `sources`: weights by name: random, bm25, dense.
+    - `teacher`, `cross_encoder`: whose scores filter and are written beside the texts, for distillation.
+    - `options`: of `textcond.negatives.MiningOptions`.
+    """
+
+    corpus: str
+    sources: dict[str, float] = field(default_factory=lambda: {"bm25": 1.0})
+    teacher: str | None = None
+    cross_encoder: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        known = [option.name for option in dataclasses.fields(MiningOptions)]
+        if unknown := [name for name in self.options if name not in known]:
+            raise ValueError(f"mining has no option {unknown[0]!r}: the options are {', '.join(known)}")
+        MiningOptions(**self.options)
 
 
 @dataclass
@@ -62,6 +86,7 @@ class Evaluation:
 class Stage:
     """One stage of a training.
 
+    - `mining`: find the negatives of every data set first.
     - `loss`: a table, or several that are summed, see `textcond.losses.build_loss`.
     - `batch_size`: queries of a joint batch, over all processes; or `batch_tokens`, grouped by length.
     - `mini_batch`: texts that are in memory with their graph at a time (GradCache); None for all of a process.
@@ -73,6 +98,7 @@ class Stage:
     data: list[Data]
     steps: int
     name: str = ""
+    mining: Mining | None = None
     loss: Any = field(default_factory=lambda: {"name": "infonce", "temperature": 0.05})
     batch_size: int | None = None
     batch_tokens: int | None = None

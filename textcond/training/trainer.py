@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import math
@@ -25,9 +26,10 @@ from textcond.evaluation import Comparison, RetrievalTask, Scores, evaluate_retr
 from textcond.files import read_tensors, write_mark, write_tensors
 from textcond.folders import read_json
 from textcond.losses import build_loss
+from textcond.negatives import CrossEncoderTeacher, EncoderTeacher, MiningOptions, build_sources, mine_file
 
 from .card import model_card
-from .recipe import Recipe, Stage, changes
+from .recipe import Data, Mining, Recipe, Stage, changes
 from .step import TextBatch, backward
 
 logger = logging.getLogger(__name__)
@@ -161,8 +163,38 @@ class Trainer:
         with self.accelerator.main_process_first():
             for data in stage.data:
                 path = Path(data.path).expanduser()
-                datasets[str(path)] = as_example_file(path, data.format, self.out / "data", **data.options)
+                if stage.mining is None:
+                    datasets[str(path)] = as_example_file(path, data.format, self.out / "data", **data.options)
+                else:
+                    datasets[str(path)] = self._mined(stage.mining, data)
         return datasets
+
+    def _mined(self, mining: Mining, data: Data) -> ExampleFile:
+        """The data with negatives, mined once, when the stage begins."""
+        digest = hashlib.sha256(f"{self.stage} {data.path}".encode()).hexdigest()[:12]
+        path = self.out / "data" / f"mined-{self.stage}-{digest}.jsonl"
+        if not path.is_file():
+            score = None
+            if mining.teacher:
+                score = EncoderTeacher(TextEncoder.from_pretrained(mining.teacher, device=self.accelerator.device))
+            elif mining.cross_encoder:
+                score = CrossEncoderTeacher.from_pretrained(mining.cross_encoder)
+            encoder = self._merged()
+            sources = build_sources(mining.sources, encoder=encoder, cache=self.out / "vectors")
+            report = mine_file(
+                data.path,
+                path,
+                mining.corpus,
+                sources,
+                MiningOptions(**mining.options),
+                teacher=score,
+                teacher_name=mining.teacher or mining.cross_encoder,
+                format=data.format,
+                reader=data.options,
+                show_progress_bar=True,
+            )
+            logger.info("mined %s: %s", path, report.to_dict())
+        return ExampleFile(path)
 
     def _length(self, example: Example) -> int:
         """Tokens of an example as BatchSampler counts them: its longest text."""
