@@ -70,11 +70,7 @@ def mine(
     if teacher:
         scorer = EncoderTeacher(TextEncoder.from_pretrained(teacher))
     elif cross_encoder:
-        try:
-            from sentence_transformers import CrossEncoder
-        except ImportError as error:
-            raise ImportError("--cross-encoder needs sentence-transformers: pip install it") from error
-        scorer = CrossEncoderTeacher(CrossEncoder(cross_encoder))
+        scorer = CrossEncoderTeacher.from_pretrained(cross_encoder)
     report = mine_file(
         examples,
         output,

@@ -17,7 +17,7 @@ class Features:
     - `dense`: `(n, dim)` float32, of unit length where the encoder normalises.
     - `token_ids`: `(n, tokens)` int64, and `token_mask`: `(n, tokens)` bool, True for a token that counts; None
       without sparse or multi-vector heads.
-    - `sparse`: `(n, tokens)` float32, a weight of at least 0 for every token, 0 where masked (BGE-M3's lexical weights).
+    - `sparse`: `(n, tokens)` float32, a weight from 0 for every token, 0 where masked (BGE-M3's lexical weights).
     - `tokens`: `(n, tokens, width)` float32 unit vectors, 0 where masked (ColBERT's multi-vectors).
     """
 

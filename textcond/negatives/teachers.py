@@ -30,6 +30,19 @@ class CrossEncoderTeacher:
     def __init__(self, model: CrossEncoder, batch_size: int = 64, activation: Callable[[Any], Any] | None = None):
         self.model, self.batch_size, self.activation = model, batch_size, activation
 
+    @classmethod
+    def from_pretrained(cls, name_or_path: str) -> CrossEncoderTeacher:
+        """Load one from a folder or hub id.
+
+        Raises:
+            ImportError: without sentence-transformers.
+        """
+        try:
+            from sentence_transformers import CrossEncoder
+        except ImportError as error:
+            raise ImportError("a cross-encoder needs sentence-transformers: pip install it") from error
+        return cls(CrossEncoder(name_or_path, model_kwargs={"use_safetensors": True}))
+
     def __call__(self, pairs: list[tuple[str, str]]) -> Sequence[float]:
         """Return a score for each pair."""
         return self.model.predict(
