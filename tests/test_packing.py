@@ -8,7 +8,7 @@ from textcond import onednn, packing
 from textcond.onednn import OneDnnLinear
 from textcond.packing import can_pack, packed_states
 
-FAMILIES = ["bert", "roberta", "xlm-roberta", "mistral", "qwen2"]
+FAMILIES = ["bert", "roberta", "xlm-roberta", "llama", "mistral", "qwen2"]
 TEXTS = [*tiny.PROMPTS, "the dog", "fox", "a <pad> b", "a fox , the dog . " * 8]
 
 

@@ -49,7 +49,9 @@ def tokenizer(style: str = "bert", length: int = 64) -> transformers.PreTrainedT
 
 def backbone(family: str = "bert", width: int = 32, seed: int = 0):
     """A random two-layer model of a family and its tokenizer."""
-    style = {"bert": "bert", "t5": "t5", "clip": "clip", "mistral": "gpt", "qwen2": "gpt"}.get(family, "roberta")
+    style = {"bert": "bert", "t5": "t5", "clip": "clip", "llama": "gpt", "mistral": "gpt", "qwen2": "gpt"}.get(
+        family, "roberta"
+    )
     tok = tokenizer(style)
     sizes = {"vocab_size": len(tok), "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 2 * width, "max_position_embeddings": 130, "pad_token_id": tok.pad_token_id}
@@ -78,7 +80,7 @@ def backbone(family: str = "bert", width: int = 32, seed: int = 0):
 
 def text_encoder(family: str = "bert", **options) -> TextEncoder:
     """A TextEncoder on a two-layer backbone of a family; `options` are those of TextEncoderConfig."""
-    pooling = {"mistral": "last", "qwen2": "last", "clip": "eos"}.get(family, "mean")
+    pooling = {"llama": "last", "mistral": "last", "qwen2": "last", "clip": "eos"}.get(family, "mean")
     return TextEncoder(*backbone(family), TextEncoderConfig(**{"pooling": pooling, **options}))
 
 

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 PACKED = "textcond_packed"
 ENCODERS = ("bert", "roberta", "xlm-roberta")
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+DECODERS = ("llama", "mistral", "qwen2")
 
 
 def can_pack(backbone: PreTrainedModel, longest: int) -> bool:

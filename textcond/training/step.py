@@ -222,15 +222,14 @@ def gather(features: Features, counts: Sequence[int], accelerator: Accelerator) 
         return features
 
     def joined(tensor: Tensor) -> Tensor:
-        bare = tensor.detach()
-        if tensor.ndim > 1:
-            bare = accelerator.pad_across_processes(bare, dim=1)
-        bare = nn.functional.pad(bare, (0, 0) * (bare.ndim - 1) + (0, max(counts) - len(bare)))
-        parts = list(accelerator.gather(bare).split(max(counts)))
-        parts = [part[:count] for part, count in zip(parts, counts)]
         own = tensor
-        if tensor.ndim > 1 and tensor.shape[1] < bare.shape[1]:
-            own = nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, bare.shape[1] - tensor.shape[1]))
+        if tensor.ndim > 1:
+            width = int(accelerator.gather(torch.tensor([tensor.shape[1]], device=tensor.device)).max())
+            own = nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, width - tensor.shape[1]))
+        bare = nn.functional.pad(own.detach(), (0, 0) * (own.ndim - 1) + (0, max(counts) - len(own)))
+        if bare.dtype == torch.bool:
+            bare = bare.to(torch.uint8)  # gloo has no bool
+        parts = [part[:count].to(own.dtype) for part, count in zip(accelerator.gather(bare).split(max(counts)), counts)]
         parts[accelerator.process_index] = own
         return torch.cat(parts)
 

@@ -148,12 +148,13 @@ class Trainer:
                 every = self.recipe.evaluation.every
                 if self.tasks and ((every and self.step % every == 0) or self.step == stage.steps):
                     self._evaluate(f"{name}, step {self.step}")
+                interrupted = self._any_interrupted()
                 due = time.monotonic() - saved_at > self.recipe.save_every
                 last = self.step == stage.steps or self._patience_spent()
-                if due or last or self.interrupted:
+                if due or last or interrupted:
                     self._save_checkpoint(sampler, trained, optimizer)
                     saved_at = time.monotonic()
-                if self.interrupted:
+                if interrupted:
                     raise KeyboardInterrupt
 
     # -- data --------------------------------------------------------------------------------------------------------
@@ -327,6 +328,11 @@ class Trainer:
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
+
+    def _any_interrupted(self) -> bool:
+        """Whether a process was asked to stop: all stop after the same step, or the others would wait for it."""
+        asked = torch.tensor(float(self.interrupted), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum") > 0)
 
     def _log(self, **figures: Any) -> None:
         if not self.accelerator.is_main_process:
