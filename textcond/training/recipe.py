@@ -26,11 +26,16 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 @dataclass
 class Data:
-    """A data set: anything that `textcond.data.read_examples` reads, and how often it gives a batch."""
+    """A data set: anything that `textcond.data.read_examples` reads, and how often it gives a batch.
+
+    - `prompt_template`: what an example's own prompt is put into; of bare instructions, as `textcond synthesize` writes
+      them, `"Instruct: {prompt}\\nQuery: "`.
+    """
 
     path: str
     format: str = "auto"
     weight: float | None = None
+    prompt_template: str = "{prompt}"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,6 +96,7 @@ class Stage:
     - `batch_size`: queries of a joint batch, over all processes; or `batch_tokens`, grouped by length.
     - `mini_batch`: texts that are in memory with their graph at a time (GradCache); None for all of a process.
     - `negatives`: explicit negatives an example, drawn anew each time; fewer where an example has fewer.
+    - `loss_learning_rate`: of a learned temperature, whose logarithm moves by about this much a step.
     - `warmup`: share of the steps in which the learning rate rises.
     - `teacher`, `guide`: encoders for losses that need them.
     """
@@ -105,6 +111,7 @@ class Stage:
     mini_batch: int | None = None
     negatives: int = 0
     learning_rate: float = 2e-5
+    loss_learning_rate: float = 1e-3
     warmup: float = 0.1
     schedule: str = "linear"
     weight_decay: float = 0.01
@@ -131,7 +138,7 @@ class Recipe:
     """A training: a model, what is added to it, and the stages in their order.
 
     - `heads`: "sparse" and "tokens" add those heads of BGE-M3.
-    - `mixed_precision`: "no", "bf16" or "fp16", as accelerate has them.
+    - `mixed_precision`: "no" or "bf16".
     - `save_every`: seconds between checkpoints.
     - `tensorboard`: also write the figures for TensorBoard, to OUT/tensorboard.
     """
@@ -153,6 +160,8 @@ class Recipe:
     def __post_init__(self):
         if not self.stages:
             raise ValueError("the recipe has no [[stages]]: give at least one")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"mixed_precision={self.mixed_precision!r}: use no or bf16")
         if unknown := set(self.heads) - {"sparse", "tokens"}:
             raise ValueError(f"heads {sorted(unknown)}: use sparse and tokens")
 

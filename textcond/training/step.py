@@ -30,6 +30,7 @@ class TextBatch:
     - `owners`: the query of each document. The first document of a query is its positive.
     - `known_positives`: of each query, all texts that are right for it.
     - `teacher_scores`: of each document, NaN where unknown.
+    - `scored`: a loss may count on teacher scores, though none of this batch be known.
     """
 
     queries: list[str]
@@ -38,6 +39,7 @@ class TextBatch:
     owners: list[int]
     known_positives: list[list[str]]
     teacher_scores: list[float]
+    scored: bool = False
 
     @classmethod
     def draw(cls, examples: Sequence[Example], negatives: int, rng: torch.Generator) -> TextBatch:
@@ -60,12 +62,9 @@ class TextBatch:
     def shares(self, processes: int) -> list[tuple[range, range]]:
         """Return for each process the queries and the documents that it encodes: neighbours, nearly equally many.
 
-        Raises:
-            ValueError: for fewer queries than processes.
+        With fewer queries than processes, such as in what is left of an epoch, some have none.
         """
         total = len(self.queries)
-        if total < processes:
-            raise ValueError(f"a batch of {total} queries cannot be shared by {processes} processes: make it larger")
         bounds = [total * process // processes for process in range(processes + 1)]
         starts = [bisect_left(self.owners, bound) for bound in bounds]
         return [
@@ -88,7 +87,7 @@ class TextBatch:
             query_keys=torch.tensor([_key(text) for text in self.queries], device=device),
             document_keys=torch.tensor([_key(text) for text in self.documents], device=device),
             known_positives=torch.tensor([row + [0] * (width - len(row)) for row in keys], device=device),
-            teacher_scores=None if scores.isnan().all() else scores,
+            teacher_scores=scores if self.scored or not scores.isnan().all() else None,
         )
 
 
@@ -106,6 +105,17 @@ class Chunk:
     prompt: str | None
     rows: list[int]
     state: dict[str, Tensor] | None = None
+
+
+def written_out(
+    encoder: TextEncoder, queries: Sequence[str], prompts: Sequence[str | None]
+) -> tuple[Sequence[str], Sequence[str | None]]:
+    """Make prompts a part of their queries, where pooling reads both alike: one chunk then holds many prompts."""
+    if not encoder.config.include_prompt or not any(prompts):
+        return queries, prompts
+    usual = encoder.config.prompts.get("query", "")
+    texts = [(usual if prompt is None else prompt) + query for query, prompt in zip(queries, prompts)]
+    return texts, [""] * len(texts)
 
 
 def chunks(texts: Sequence[str], kind: str, prompts: Sequence[str | None], size: int | None) -> list[Chunk]:
@@ -142,6 +152,7 @@ def backward(
     mini_batch: int | None = None,
     teacher: TextEncoder | None = None,
     guide: TextEncoder | None = None,
+    bf16: bool = False,
 ) -> float:
     """Add the gradients of a joint batch to the parameters of encoder and loss, and return the loss.
 
@@ -157,13 +168,17 @@ def backward(
         mini_batch: texts that are in memory with their graph at a time; None for all.
         teacher: a frozen encoder whose vectors are distilled.
         guide: a frozen encoder that tells false negatives.
+        bf16: let the encoder multiply in bfloat16; the loss stays in float32.
     """
     shares = batch.shares(accelerator.num_processes)
     own_queries, own_documents = shares[accelerator.process_index]
+    # a process without a share encodes a text that `gather` cuts off, so that all take part in every exchange
+    own_queries, own_documents = own_queries or range(1), own_documents or range(1)
     queries, prompts = ([texts[row] for row in own_queries] for texts in (batch.queries, batch.prompts))
     documents = [batch.documents[row] for row in own_documents]
+    texts, own_prompts = written_out(encoder, queries, prompts)
     sides = [
-        chunks(queries, "query", prompts, mini_batch),
+        chunks(texts, "query", own_prompts, mini_batch),
         chunks(documents, "document", [None] * len(documents), mini_batch),
     ]
     cached = mini_batch is not None and sum(map(len, sides)) > 2
@@ -172,7 +187,7 @@ def backward(
         parts = []
         for chunk in side:
             chunk.state = _random_state(accelerator.device) if cached else None
-            with torch.set_grad_enabled(not cached), accelerator.autocast():
+            with torch.set_grad_enabled(not cached), _precision(bf16, accelerator.device):
                 parts.append(encode_chunk(encoder, chunk))
         outputs.append(parts)
         leaves.append(_in_order(parts, side))
@@ -181,10 +196,11 @@ def backward(
     seen = batch.joint(*(gather(side, count, accelerator) for side, count in zip(leaves, counts)))
     for name, frozen in (("teacher", teacher), ("guide", guide)):
         if frozen is not None:
-            queries, documents = (
-                gather(_frozen(frozen, side), count, accelerator).dense for side, count in zip(sides, counts)
+            vectors = (
+                gather(_frozen(frozen, texts, kind, mini_batch), count, accelerator).dense
+                for texts, kind, count in zip((queries, documents), ("query", "document"), counts)
             )
-            seen = replace(seen, **{f"{name}_queries": queries, f"{name}_documents": documents})
+            seen = replace(seen, **dict(zip((f"{name}_queries", f"{name}_documents"), vectors)))
     value = loss(seen)
     if not torch.isfinite(value):
         raise FloatingPointError(f"the loss is {float(value.detach())}")
@@ -193,7 +209,7 @@ def backward(
         for chunk, output in zip(side, parts):
             rows = torch.tensor(chunk.rows, device=accelerator.device)
             if cached:
-                with _replayed(chunk.state, accelerator.device), accelerator.autocast():
+                with _replayed(chunk.state, accelerator.device), _precision(bf16, accelerator.device):
                     output = encode_chunk(encoder, chunk)
             pulled, gradients = [], []
             for name in ("dense", "sparse", "tokens"):
@@ -222,6 +238,7 @@ def gather(features: Features, counts: Sequence[int], accelerator: Accelerator) 
         return features
 
     def joined(tensor: Tensor) -> Tensor:
+        tensor = tensor[: counts[accelerator.process_index]]
         own = tensor
         if tensor.ndim > 1:
             width = int(accelerator.gather(torch.tensor([tensor.shape[1]], device=tensor.device)).max())
@@ -256,13 +273,19 @@ def _in_order(parts: Sequence[Features], side: Sequence[Chunk]) -> Features:
     return joined.map(lambda tensor: tensor.detach()[order])
 
 
+def _precision(bf16: bool, device: torch.device) -> torch.autocast:
+    # not accelerate's: its precision is one for the life of a process
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
 def _as_leaf(tensor: Tensor) -> Tensor:
     return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
 
 @torch.no_grad()
-def _frozen(encoder: TextEncoder, side: Sequence[Chunk]) -> Features:
-    return _in_order([Features(encode_chunk(encoder, replace(chunk, prompt=None)).dense) for chunk in side], side)
+def _frozen(encoder: TextEncoder, texts: Sequence[str], kind: str, size: int | None) -> Features:
+    side = chunks(texts, kind, [None] * len(texts), size)
+    return _in_order([Features(encode_chunk(encoder, chunk).dense) for chunk in side], side)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -34,11 +34,13 @@ from .step import TextBatch, backward
 
 logger = logging.getLogger(__name__)
 
+PROBED_ROWS = 100  # of each data set, for teacher scores
+
 
 def train(recipe: Recipe, out: str | Path) -> Path:
     """Train by a recipe in a working folder, and return the encoder's folder, `out/encoder`.
 
-    `out` holds `recipe.json`, `checkpoint/`, `log.jsonl`, and, with evaluation tasks, `scores.json` and `best/`. The
+    `out` holds `recipe.json`, `checkpoint/`, `log.jsonl`, and, with evaluation tasks, `best/`. The
     same call goes on from the checkpoint, on CPU to the same weights bit for bit. Under `accelerate launch` or
     `torchrun` every process calls it alike.
 
@@ -57,7 +59,7 @@ class Trainer:
         self.recipe, self.out = recipe, out
         trackers = {"log_with": "tensorboard", "project_dir": out} if recipe.tensorboard else {}
         cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.mixed_precision, **trackers)
+        self.accelerator = Accelerator(cpu=cpu, **trackers)
         self._claim()
         if recipe.tensorboard:
             self.accelerator.init_trackers("tensorboard")
@@ -100,6 +102,8 @@ class Trainer:
             length=self._length if stage.batch_tokens else None,
             seed=self.recipe.seed + self.stage,
         )
+        scored = _scored(datasets.values())
+        templates = {name: data.prompt_template for name, data in zip(datasets, stage.data)}
         loss = build_loss(stage.loss).to(self.accelerator.device)
         teacher, guide = (_frozen(name, self.accelerator.device) for name in (stage.teacher, stage.guide))
         trained = self._trained(loss)
@@ -118,6 +122,11 @@ class Trainer:
                 source, rows = next(sampler)
                 generator = torch.Generator().manual_seed(self._seed())
                 batch = TextBatch.draw([datasets[source][row] for row in rows], stage.negatives, generator)
+                batch.scored = scored
+                batch.prompts = [
+                    None if prompt is None else templates[source].replace("{prompt}", prompt)
+                    for prompt in batch.prompts
+                ]
                 self._count_short(batch, stage.negatives, len(rows))
                 torch.manual_seed(self._seed() + 1 + self.accelerator.process_index)  # dropout
                 where = f"stage {self.stage} ({name}), step {self.step}, rows {rows} of {source}"
@@ -130,15 +139,17 @@ class Trainer:
                         mini_batch=stage.mini_batch,
                         teacher=teacher,
                         guide=guide,
+                        bf16=self.recipe.mixed_precision == "bf16",
                     )
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{where}: {error}; lower the learning rate or mend the rows") from error
-                norm = torch.nn.utils.clip_grad_norm_(trained.values(), stage.max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), stage.max_grad_norm)
                 if not torch.isfinite(norm):
                     raise FloatingPointError(f"{where}: the gradient is {norm}; lower the learning rate")
-                rate = stage.learning_rate * schedule(self.step, stage)
+                factor = schedule(self.step, stage)
+                rate = stage.learning_rate * factor
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = group["peak"] * factor
                 optimizer.step()
                 optimizer.zero_grad()
                 self.step += 1
@@ -155,6 +166,8 @@ class Trainer:
                     self._save_checkpoint(sampler, trained, optimizer)
                     saved_at = time.monotonic()
                 if interrupted:
+                    # a launcher ends the other processes when one has ended: not while the main one saves
+                    self.accelerator.wait_for_everyone()
                     raise KeyboardInterrupt
 
     # -- data --------------------------------------------------------------------------------------------------------
@@ -164,6 +177,8 @@ class Trainer:
         with self.accelerator.main_process_first():
             for data in stage.data:
                 path = Path(data.path).expanduser()
+                if str(path) in datasets:
+                    raise ValueError(f"stage {stage.name!r} has the data {path} twice: raise its weight instead")
                 if stage.mining is None:
                     datasets[str(path)] = as_example_file(path, data.format, self.out / "data", **data.options)
                 else:
@@ -382,6 +397,12 @@ def _load(recipe: Recipe) -> TextEncoder:
     return encoder
 
 
+def _scored(datasets: Iterable[ExampleFile]) -> bool:
+    """Whether a teacher has scored some of the stage's examples; a batch of none of them is one of unknown scores."""
+    firsts = (dataset[row] for dataset in datasets for row in range(min(len(dataset), PROBED_ROWS)))
+    return any(example.positive_scores or example.negative_scores for example in firsts)
+
+
 def _frozen(name: str | None, device: torch.device) -> TextEncoder | None:
     return None if name is None else TextEncoder.from_pretrained(name, device=device).eval().requires_grad_(False)
 
@@ -396,10 +417,16 @@ def _weights(stage: Stage, datasets: dict[str, ExampleFile]) -> dict[str, float]
 
 
 def _groups(trained: dict[str, nn.Parameter], stage: Stage) -> list[dict[str, Any]]:
-    """Weight decay for matrices only, as in BERT."""
-    decayed = [parameter for parameter in trained.values() if parameter.ndim > 1]
-    others = [parameter for parameter in trained.values() if parameter.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """Weight decay for matrices only, as in BERT; a learned temperature has a rate of its own."""
+    encoder = [parameter for name, parameter in trained.items() if name.startswith("encoder.")]
+    decayed = [parameter for parameter in encoder if parameter.ndim > 1]
+    others = [parameter for parameter in encoder if parameter.ndim < 2]
+    loss = [parameter for name, parameter in trained.items() if name.startswith("loss.")]
+    groups = [
+        {"params": decayed, "weight_decay": stage.weight_decay, "peak": stage.learning_rate},
+        {"params": others, "weight_decay": 0.0, "peak": stage.learning_rate},
+        {"params": loss, "weight_decay": 0.0, "peak": stage.loss_learning_rate},
+    ]
     return [group for group in groups if group["params"]]
 
 
