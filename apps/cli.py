@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from . import reference, training
+from . import alignment, conditioning, reference, training
 from .errors import debugging, one_line
 from .files import check_output
 from .metadata import MAX_SEED, REFERENCE, Parameters, read_parameters, write_png
@@ -34,7 +34,9 @@ app = typer.Typer(
 
 app.add_typer(reference.app, name="reference")
 app.add_typer(training.evaluation, name="eval")
+training.evaluation.command()(conditioning.conditioning)
 app.command()(training.train)
+app.command()(alignment.align)
 app.command()(training.mine)
 app.command()(training.synthesize)
 

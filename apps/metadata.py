@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import atomic_file
+from textcond.files import atomic_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image

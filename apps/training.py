@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .metadata import REFERENCE
 from .quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from textcond import TextEncoder
 
 FormatOption = Annotated[
     str, typer.Option(help="Format of the examples; told from the file if left out. See `textcond.data.read_examples`.")
@@ -134,7 +139,8 @@ def train(
     from textcond.training import train as run
 
     _show_warnings()
-    print(run(load_recipe(recipe, overrides or []), out))
+    wanted = load_recipe(recipe, overrides or [])
+    print(run(wanted, out, _generation(wanted.evaluation.generation)))
 
 
 evaluation = typer.Typer(help="Score text encoders; the first one named is the base of every comparison.")
@@ -171,6 +177,24 @@ def mteb(
     for name in encoder:
         for task, scores in evaluate_mteb(name, tasks, out=out, show_progress_bar=True).items():
             print(f"{name}\t{task}\t{scores['main_score']:.4f}", flush=True)
+
+
+def _generation(table: dict[str, Any] | None) -> Callable[[TextEncoder], dict[str, float]] | None:
+    """What a recipe's evaluation.generation describes: `pipeline`, `prompts`, and options of the alignment."""
+    if table is None:
+        return None
+    from textcond.pipelines import generation_score
+
+    from .loading import load_pipeline
+
+    options = dict(table)
+    pipe = load_pipeline(options.pop("pipeline", REFERENCE), dtype="float32")
+    try:
+        return generation_score(pipe, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"evaluation.generation: {error}: give pipeline, prompts, held_out, options of align"
+        ) from error
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
-from .files import atomic_file, check_output
+from textcond.files import atomic_file
+
+from .files import check_output
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,35 +1,24 @@
 """Contracts: what each text encoder slot of a diffusers pipeline expects, and whether its components meet it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from transformers import CLIPTextModelWithProjection, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import ClapModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel, PreTrainedTokenizerBase
 
 from textcond import ConditioningEncoder, ConditioningEncoderWithProjection
 from textcond.conditioning import NO_LENGTH_LIMIT
 from textcond.encoder import position_capacity
+from textcond.original import PackedTokenizer
 
-STABLE_DIFFUSION = (
-    diffusers.StableDiffusionPipeline,
-    diffusers.StableDiffusionImg2ImgPipeline,
-    diffusers.StableDiffusionInpaintPipeline,
-    diffusers.StableDiffusionControlNetPipeline,
-    diffusers.StableDiffusionControlNetImg2ImgPipeline,
-    diffusers.StableDiffusionControlNetInpaintPipeline,
-)
-STABLE_DIFFUSION_XL = (
-    diffusers.StableDiffusionXLPipeline,
-    diffusers.StableDiffusionXLImg2ImgPipeline,
-    diffusers.StableDiffusionXLInpaintPipeline,
-    diffusers.StableDiffusionXLControlNetPipeline,
-    diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
-    diffusers.StableDiffusionXLControlNetInpaintPipeline,
-)
-# Numbers beside the pooled vector in the added conditioning of SDXL: sizes and crop, or crop and an aesthetic score.
-SDXL_TIME_IDS, REFINER_TIME_IDS = 6, 5
+from .denoisers import controlnet_problems
+from .families import call_default, family_of, text_width
+from .family import Family, Slot
+
+Component = Callable[[str], object]
+_PROJECTING = (ConditioningEncoderWithProjection, CLIPTextModelWithProjection)
 
 
 @dataclass
@@ -39,9 +28,13 @@ class Contract:
     Attributes:
         slot: attribute of the pipeline that holds the encoder.
         encoder: class of what is there now; "" for an empty slot.
-        token_width: width of the tokens that the slot must give while the other slots stay as they are.
+        token_width: width of the tokens that the slot must give while the other slots stay as they are; None where the
+            pipeline reads no tokens.
         pooled_width: width of the pooled vector that is read, or None where none is.
+        needs: which class of ours gives its outputs in the order that is read.
         output: which output of the encoder is read.
+        tokens: how many tokens the denoiser gets from the slot now.
+        keeps_length: the bridge must give a token for each that it is given: "linear" or "mlp".
         length: how many tokens are allowed.
         mask: what becomes of the attention mask.
         problems: what is wrong with the components that are there, each with its mend; empty when they fit.
@@ -51,53 +44,47 @@ class Contract:
     encoder: str
     token_width: int | None = None
     pooled_width: int | None = None
+    needs: str = ""
     output: str = ""
+    tokens: int | None = None
+    keeps_length: bool = False
     length: str = ""
     mask: str = ""
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        width = f"{self.token_width}-wide tokens" if self.token_width else "tokens of an unknown width"
-        pooled = f" and a {self.pooled_width}-wide pooled vector" if self.pooled_width else ""
+        wanted = []
+        if self.token_width is not None or self.pooled_width is None:
+            wanted.append(f"{self.token_width}-wide tokens" if self.token_width else "tokens of an unknown width")
+        if self.pooled_width is not None:
+            wanted.append(f"a {self.pooled_width}-wide pooled vector")
         lines = [f"{self.slot}: {self.encoder or 'empty'}"]
         if self.output:
-            lines += [f"  expects {width}{pooled}", f"  reads {self.output}"]
+            lines += [f"  expects {' and '.join(wanted)}: a {self.needs}", f"  reads {self.output}"]
             lines += [f"  length: {self.length}", f"  mask: {self.mask}"]
         lines += [f"  problem: {problem}" for problem in self.problems]
         return "\n".join(lines)
 
 
-def is_stable_diffusion_xl(pipe: DiffusionPipeline) -> bool:
-    """Whether a pipeline has the two slots and the pooled vector of SDXL."""
-    return isinstance(pipe, STABLE_DIFFUSION_XL)
-
-
-def encoder_slots(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """Names of the text encoder slots of a supported pipeline, in the order in which it calls them.
+def slots_of(pipe: DiffusionPipeline) -> dict[str, Slot]:
+    """Text encoder slots of a supported pipeline by name, in the order in which it calls them.
 
     Raises:
         ValueError: for a pipeline class that is not supported.
     """
-    if isinstance(pipe, STABLE_DIFFUSION_XL):
-        return ("text_encoder", "text_encoder_2")
-    if isinstance(pipe, STABLE_DIFFUSION):
-        return ("text_encoder",)
-    raise ValueError(_unsupported(pipe))
-
-
-def tokenizer_slot(slot: str) -> str:
-    """Name of the tokenizer that belongs to an encoder slot."""
-    return slot.replace("text_encoder", "tokenizer")
+    return {slot.name: slot for slot in family_of(pipe).slots}
 
 
 def inspect_pipeline(pipe: DiffusionPipeline) -> list[Contract]:
     """What each text encoder slot expects, and what is wrong with what it holds; reads configurations only.
 
-    A pipeline of another family gives contracts whose `problems` say so.
+    A pipeline of another family gives contracts whose `problems` say why it cannot take another encoder.
     """
-    if not isinstance(pipe, STABLE_DIFFUSION + STABLE_DIFFUSION_XL):
+    try:
+        family_of(pipe)
+    except ValueError as error:
         slots = [name for name in pipe.components if name.startswith("text_encoder")] or ["text_encoder"]
-        return [Contract(slot, _class_name(getattr(pipe, slot, None)), problems=[_unsupported(pipe)]) for slot in slots]
+        return [Contract(slot, _class_name(getattr(pipe, slot, None)), problems=[str(error)]) for slot in slots]
     return check_components(pipe, {})
 
 
@@ -107,134 +94,185 @@ def check_components(pipe: DiffusionPipeline, replaced: Mapping[str, object]) ->
     def component(name: str):
         return replaced[name] if name in replaced else getattr(pipe, name, None)
 
-    slots = encoder_slots(pipe)
-    filled = [slot for slot in slots if component(slot) is not None]
-    unet, xl = pipe.unet, is_stable_diffusion_xl(pipe)
-    unet_width = unet_token_width(unet) if unet is not None else None
-    widths = {slot: token_width(component(slot)) for slot in filled}
+    family, slots = family_of(pipe), slots_of(pipe)
+    denoiser = getattr(pipe, family.denoiser)
     contracts = []
-    for slot in slots:
-        encoder, tokenizer = component(slot), component(tokenizer_slot(slot))
-        others = sum(widths[other] or 0 for other in filled if other != slot)
-        contract = Contract(slot, _class_name(encoder), mask="never reaches the UNet")
-        contract.token_width = unet_width - others if unet_width else None
-        if xl:
-            contract.output = "hidden_states[-2]; the pooled vector is the first output"
-            contract.mask += ", and the encoder gets none"
-            if slot == slots[-1] and unet is not None:
-                contract.pooled_width = unet_pooled_width(pipe)
-        else:
-            contract.output = "the first output; hidden_states[-(clip_skip + 1)] with clip_skip"
-            contract.mask += "; the encoder gets it if its config says use_attention_mask"
-        contract.length = "any, the same for the negative prompt, which is tokenized to the length of the output"
-        if xl and len(filled) > 1:
-            contract.length += ", and the same in both slots"
+    for slot in slots.values():
+        encoder, tokenizer = component(slot.name), component(slot.tokenizer)
+        contract = Contract(slot.name, _class_name(encoder), output=slot.reads, mask=slot.mask)
+        contract.needs, contract.keeps_length = slot.encoder_class.__name__, slot.keeps_length
+        padded = padded_length(pipe, slot, tokenizer)
+        contract.tokens = output_length(encoder, padded)
+        contract.length = _length(slot, padded, component)
         contracts.append(contract)
+        if denoiser is not None and (encoder is not None or slot.required):
+            also = [name for name in slot.beside if encoder is not None and component(name) is encoder]
+            contract.token_width, contract.pooled_width = expected_widths(pipe, slot, [slot.name, *also], component)
         if encoder is None:
-            contract.token_width = contract.pooled_width = None
-            if slot == slots[-1]:
-                contract.problems.append(f"{slot} is empty: swap in an encoder")
+            if slot.required:
+                contract.problems.append(f"{slot.name} is empty: swap in an encoder")
             continue
-        if unet is None:
-            contract.problems.append("the pipeline has no UNet to check the encoder against: load one")
+        if denoiser is None:
+            contract.problems.append(f"the pipeline has no {_named(family)} to check the encoder against: load one")
             continue
-        contract.problems += _width_problems(pipe, slot, encoder, contract)
-        contract.problems += _placement_problems(slot, encoder, unet)
-        contract.problems += _tokenizer_problems(slot, encoder, tokenizer)
-    if xl and len(filled) == 2:
-        lengths = {slot: output_length(component(slot), component(tokenizer_slot(slot))) for slot in slots}
-        if len({length for length in lengths.values() if length}) > 1:
-            first, second = lengths.values()
-            contracts[-1].problems.append(
-                f"text_encoder gives {first} tokens and text_encoder_2 {second}, and they are joined token by token: "
-                f"make the new encoder with tokens={first if slots[1] in replaced else second}"
-            )
-    contracts[-1].problems += _controlnet_problems(pipe, unet_width)
+        # Beside an empty slot that must be filled, any width may be right.
+        if all(component(name) is not None for name in slot.beside if slots[name].required):
+            contract.problems += _width_problems(family, slot, encoder, contract)
+        contract.problems += _length_problems(slot, encoder, contract)
+        contract.problems += _placement_problems(family, slot, encoder, denoiser)
+        tower = encoder.text_model if isinstance(encoder, ClapModel) else encoder
+        if isinstance(tokenizer, PackedTokenizer) or (
+            isinstance(encoder, ConditioningEncoder) and encoder.config.original is not None
+        ):
+            contract.problems += _packing_problems(slot, encoder, tokenizer)
+            continue
+        contract.problems += _tokenizer_problems(slot, tower, tokenizer)
+        contract.problems += _position_problems(pipe, slot, tower, tokenizer, padded)
+    contracts[-1].problems += _joining_problems(slots, contracts, component, replaced)
+    contracts[-1].problems += family.problems(pipe, component) if family.problems else []
+    if denoiser is not None and getattr(pipe, "controlnet", None) is not None:
+        contracts[-1].problems += _controlnet_problems(pipe, family, text_width(denoiser))
     return contracts
 
 
-def unet_token_width(unet) -> int | None:
-    """Width of the text tokens that a UNet reads, `(batch, tokens, width)`; None if its blocks disagree."""
-    if unet.config.get("encoder_hid_dim_type") == "text_proj":
-        return unet.config.encoder_hid_dim
-    widths = unet.config.cross_attention_dim
-    widths = {widths} if isinstance(widths, int) else set(widths)
-    return widths.pop() if len(widths) == 1 else None
+def expected_widths(
+    pipe: DiffusionPipeline, slot: Slot, serving: list[str], component: Component
+) -> tuple[int | None, int | None]:
+    """Widths of the tokens and of the pooled vector that a slot must give; None for what is not read there.
 
+    Args:
+        serving: slots that the same encoder fills, this one among them; the others keep what `component` says.
+    """
+    slots = slots_of(pipe)
+    beside = [slots[name] for name in slot.beside]
+    kept = [other for other in beside if other.name not in serving and component(other.name) is not None]
 
-def unet_pooled_width(pipe: DiffusionPipeline) -> int | None:
-    """Width of the pooled vector `(batch, width)` that an SDXL UNet reads beside its time ids."""
-    config = pipe.unet.config
-    if config.get("addition_embed_type") != "text_time":
-        return None
-    time_ids = REFINER_TIME_IDS if pipe.config.get("requires_aesthetics_score") else SDXL_TIME_IDS
-    return config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
+    def share(read, given) -> int | None:
+        whole = read(slot)(pipe) if read(slot) else None
+        if whole is None:
+            return None
+        others = sum(given(component(other.name), other) or 0 for other in kept if read(other))
+        sharing = sum(other.name in serving for other in beside if read(other))
+        return (whole - others) // (1 + sharing)
+
+    width = share(lambda one: one.tokens, lambda encoder, _: token_width(encoder))
+    before = getattr(pipe, slot.name)
+    if slot.zero_padded and kept and before is not None and width is not None:
+        # What comes after it in the denoiser's width must stay where it is.
+        width = min(width, token_width(before) or width)
+    return width, share(lambda one: one.pooled, pooled_width)
 
 
 def token_width(encoder: PreTrainedModel) -> int | None:
     """Width of the tokens that an encoder gives."""
+    if isinstance(encoder, ClapModel):
+        # AudioLDM2 takes its vector for one token.
+        return encoder.config.projection_dim
     return getattr(encoder.config, "hidden_size", None)
 
 
-def pooled_width(encoder: PreTrainedModel) -> int | None:
-    """Width of the 2-D vector that an encoder returns first, or None if it returns tokens first."""
-    classes = (ConditioningEncoderWithProjection, CLIPTextModelWithProjection)
-    return encoder.config.projection_dim if isinstance(encoder, classes) else None
+def pooled_width(encoder: PreTrainedModel, slot: Slot) -> int | None:
+    """Width of the 2-D vector that a slot reads of an encoder, or None if it gives none there."""
+    if slot.pooled_first:
+        return encoder.config.projection_dim if isinstance(encoder, (*_PROJECTING, ClapModel)) else None
+    if isinstance(encoder, CLIPTextModel):
+        return encoder.config.hidden_size
+    ours = isinstance(encoder, ConditioningEncoder) and not isinstance(encoder, _PROJECTING)
+    return encoder.config.projection_dim if ours else None
 
 
-def output_length(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+def padded_length(pipe: DiffusionPipeline, slot: Slot, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """To how many tokens a pipeline pads the prompts of a slot."""
+    if slot.length == "tokenizer":
+        return tokenizer.model_max_length if tokenizer is not None else None
+    return call_default(pipe, slot.length) if slot.length == "max_sequence_length" else getattr(pipe, slot.length)
+
+
+def output_length(encoder: PreTrainedModel | None, padded: int | None) -> int | None:
     """How many tokens the denoiser gets for a prompt."""
-    if isinstance(encoder, ConditioningEncoder) and encoder.config.tokens:
-        return encoder.config.tokens
-    return tokenizer.model_max_length if tokenizer is not None else None
+    if isinstance(encoder, ConditioningEncoder):
+        kept = encoder.config.original or {}
+        return kept.get("tokens") or encoder.config.tokens or padded
+    return padded
 
 
-def _width_problems(pipe, slot: str, encoder: PreTrainedModel, contract: Contract) -> list[str]:
-    problems = []
-    width, pooled = token_width(encoder), pooled_width(encoder)
-    if contract.token_width is None:
-        problems.append("the UNet's blocks read tokens of different widths, which no single encoder gives")
-    elif width != contract.token_width:
+def _length(slot: Slot, padded: int | None, component: Component) -> str:
+    if slot.keeps_length:
+        return f"as many tokens as it is given, {padded} by default"
+    length = "any"
+    if slot.negative_follows:
+        length += ", the same for the negative prompt, which is tokenized to the length of the output"
+    if slot.beside and all(component(name) is not None for name in (slot.name, *slot.beside)):
+        length += f", and the same in {' and '.join(slot.beside)}"
+    return length
+
+
+def _width_problems(family: Family, slot: Slot, encoder: PreTrainedModel, contract: Contract) -> list[str]:
+    problems, denoiser, name, ours = [], _named(family), slot.name, contract.needs
+    width, pooled, expected = token_width(encoder), pooled_width(encoder, slot), contract.token_width
+    if slot.tokens is not None and expected is None:
+        problems.append(f"the {denoiser}'s blocks read tokens of different widths, which no single encoder gives")
+    elif expected is not None and expected <= 0:
         problems.append(
-            f"{slot} gives {width}-wide tokens, the UNet expects {contract.token_width}: "
-            f"make a bridge with ConditioningEncoder.from_text_encoder(..., width={contract.token_width})"
-            if contract.token_width > 0
-            else f"{slot} gives {width}-wide tokens, and the other slot fills the UNet's whole width: "
+            f"{name} gives {width}-wide tokens, and the other slot fills the {denoiser}'s whole width: "
             "leave slot out, so that one encoder serves both"
+        )
+    elif expected is not None and width != expected:
+        problems.append(
+            f"{name} gives {width}-wide tokens, the {denoiser} expects {expected}: "
+            f"make a bridge with {ours}.from_text_encoder(..., width={expected})"
         )
     if contract.pooled_width is not None and pooled != contract.pooled_width:
         gives = f"a {pooled}-wide pooled vector" if pooled else "no pooled vector"
         problems.append(
-            f"{slot} gives {gives}, the UNet expects {contract.pooled_width}: make it with "
-            f"ConditioningEncoderWithProjection.from_text_encoder(..., pooled_width={contract.pooled_width})"
+            f"{name} gives {gives}, the {denoiser} expects {contract.pooled_width}: make it with "
+            f"{ours}.from_text_encoder(..., pooled_width={contract.pooled_width})"
         )
-    if contract.pooled_width is None and pooled is not None:
+    if not slot.pooled_first and isinstance(encoder, _PROJECTING):
         problems.append(
-            f"{slot} returns its pooled vector first, where the pipeline reads tokens: "
+            f"{name} returns its pooled vector first, where the pipeline reads {slot.reads}: "
             f"use {type(encoder).__name__.removesuffix('WithProjection')} in this slot"
         )
     return problems
 
 
-def _placement_problems(slot: str, encoder: PreTrainedModel, unet) -> list[str]:
-    problems = []
-    hooked = [name for name, module in ((slot, encoder), ("the UNet", unet)) if hasattr(module, "_hf_hook")]
+def _length_problems(slot: Slot, encoder: PreTrainedModel, contract: Contract) -> list[str]:
+    if not isinstance(encoder, ConditioningEncoder):
+        return []
+    if encoder.config.chunk and not slot.negative_follows:
+        return [
+            f"the tokens of {slot.name} grow with the prompt, and this pipeline does not ask as many of its negative "
+            "prompt: make the encoder without chunk"
+        ]
+    if not (slot.keeps_length and encoder.config.tokens):
+        return []
+    return [
+        f"{slot.name} gives {encoder.config.tokens} tokens whatever the length of the text, and the denoiser gets the "
+        'mask of the text: make it with a bridge that keeps the length, bridge="mlp"'
+    ]
+
+
+def _placement_problems(family: Family, slot: Slot, encoder: PreTrainedModel, denoiser: nn.Module) -> list[str]:
+    problems, name, other = [], slot.name, f"the {_named(family)}"
+    hooked = [label for label, module in ((name, encoder), (other, denoiser)) if hasattr(module, "_hf_hook")]
     plain = (torch.float32, torch.float16, torch.bfloat16)
-    if encoder.dtype != unet.dtype and unet.dtype in plain:
-        problems.append(f"{slot} is {encoder.dtype}, the UNet {unet.dtype}: call encoder.to({unet.dtype})")
+    if encoder.dtype != denoiser.dtype and denoiser.dtype in plain and not slot.casts:
+        problems.append(f"{name} is {encoder.dtype}, {other} {denoiser.dtype}: call encoder.to({denoiser.dtype})")
     if len(hooked) == 1:
         problems.append(
             f"{hooked[0]} is offloaded and the other is not: call pipe.remove_all_hooks(), swap, then offload again"
         )
-    elif not hooked and encoder.device != unet.device:
-        problems.append(f'{slot} is on {encoder.device}, the UNet on {unet.device}: call encoder.to("{unet.device}")')
+    elif not hooked and encoder.device != denoiser.device:
+        problems.append(
+            f'{name} is on {encoder.device}, {other} on {denoiser.device}: call encoder.to("{denoiser.device}")'
+        )
     return problems
 
 
-def _tokenizer_problems(slot: str, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    name = tokenizer_slot(slot)
+def _tokenizer_problems(slot: Slot, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    name = slot.tokenizer
     if tokenizer is None:
-        return [f"{slot} has no tokenizer: pass tokenizer=..."]
+        return [f"{slot.name} has no tokenizer: pass tokenizer=..."]
     problems = []
     ours = isinstance(encoder, ConditioningEncoder)
     pad = tokenizer.pad_token_id
@@ -257,45 +295,101 @@ def _tokenizer_problems(slot: str, encoder: PreTrainedModel, tokenizer: PreTrain
     rows = encoder.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         problems.append(
-            f"{name} has {len(tokenizer)} tokens, {slot} embeds {rows}: "
+            f"{name} has {len(tokenizer)} tokens, {slot.name} embeds {rows}: "
             "use the encoder's own tokenizer, or call encoder.resize_token_embeddings(len(tokenizer))"
         )
-    capacity, length = position_capacity(encoder.backbone if ours else encoder), tokenizer.model_max_length
-    limit = capacity or 512
-    if length > NO_LENGTH_LIMIT:
-        problems.append(f"{name} has no length limit: set tokenizer.model_max_length = {min(limit, 512)}")
-    elif capacity is not None and length > capacity:
+    return problems
+
+
+def _packing_problems(slot: Slot, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Rows that are not packed as an encoder that keeps an original splits them."""
+    kept = (encoder.config.original or {}) if isinstance(encoder, ConditioningEncoder) else {}
+    packed = tokenizer.lengths[:-1] if isinstance(tokenizer, PackedTokenizer) else None
+    if packed == kept.get("lengths"):
+        return []
+    return [f"{slot.tokenizer} does not pack its rows as {slot.name} reads them: use the encoder's own tokenizer"]
+
+
+def _position_problems(pipe, slot: Slot, encoder, tokenizer, length: int | None) -> list[str]:
+    """Prompts longer than the encoder has positions for."""
+    if tokenizer is None:
+        return []
+    name, problems = slot.tokenizer, []
+    capacity = position_capacity(encoder.backbone if isinstance(encoder, ConditioningEncoder) else encoder)
+    limit = tokenizer.model_max_length
+    if slot.length == "tokenizer_max_length" and name == "tokenizer" and limit != length:
+        # The pipeline read it once, and would read it again when it is loaded.
         problems.append(
-            f"{name} pads prompts to {length} tokens, {slot} has positions for {capacity}: "
-            f"set tokenizer.model_max_length = {capacity}"
+            f"{name} has room for {limit} tokens, the pipeline pads to {length}: "
+            f"set tokenizer.model_max_length = {length}"
         )
-    output = output_length(encoder, tokenizer)
-    if capacity is not None and output is not None and output != length and output > capacity:
+    if slot.length == "tokenizer" and length > NO_LENGTH_LIMIT:
+        problems.append(f"{name} has no length limit: set tokenizer.model_max_length = {min(capacity or 512, 512)}")
+        return problems
+    if isinstance(encoder, ConditioningEncoder) and encoder.config.chunk and encoder.bridge.blocks_in(limit):
         problems.append(
-            f"{slot} gives {output} tokens, so negative prompts are padded to {output}, but it has positions for "
+            f"{name} pads prompts to {limit} tokens, as long as an output of {slot.name}, which then takes them for "
+            f"negative ones: set tokenizer.model_max_length = {limit - 1}"
+        )
+    if slot.instruction:
+        length += slot.instruction(pipe, tokenizer)
+    if capacity is not None and length > capacity:
+        pads = f"{name} pads prompts to {length} tokens, {slot.name} has positions for {capacity}: "
+        mend = f"set tokenizer.model_max_length = {capacity}"
+        problems.append(pads + (mend if slot.length == "tokenizer" else "use a backbone with more"))
+    output = output_length(encoder, length)
+    if slot.negative_follows and capacity is not None and output != length and output > capacity:
+        problems.append(
+            f"{slot.name} gives {output} tokens, so negative prompts are padded to {output}, but it has positions for "
             f"{capacity}: make the bridge with tokens={capacity} or fewer"
         )
     return problems
 
 
-def _controlnet_problems(pipe, unet_width: int | None) -> list[str]:
+def _joining_problems(
+    slots: dict[str, Slot], contracts: list[Contract], component: Component, replaced: Mapping[str, object]
+) -> list[str]:
+    """Slots whose tokens are laid side by side, but are not as many."""
+    by_name = {contract.slot: contract for contract in contracts}
+    for slot in slots.values():
+        for other in slot.beside:
+            if list(slots).index(slot.name) > list(slots).index(other):
+                continue
+            if component(slot.name) is None or component(other) is None:
+                continue
+            growing = [one for one in (slot.name, other) if getattr(component(one).config, "chunk", None)]
+            if growing:
+                return [
+                    f"the tokens of {growing[0]} grow with the prompt, and are joined with those of another slot: "
+                    "make the encoder without chunk, or leave slot out, so that one encoder serves both"
+                ]
+            first, second = by_name[slot.name].tokens, by_name[other].tokens
+            if first and second and first != second:
+                return [
+                    f"{slot.name} gives {first} tokens and {other} {second}, and they are joined token by token: "
+                    f"make the new encoder with tokens={first if other in replaced else second}"
+                ]
+    return []
+
+
+def _controlnet_problems(pipe, family: Family, width: int | None) -> list[str]:
     controlnet = getattr(pipe, "controlnet", None)
-    if controlnet is None or unet_width is None:
+    if controlnet is None or width is None:
         return []
-    widths = [unet_token_width(net) for net in getattr(controlnet, "nets", [controlnet])]
+    if problems := controlnet_problems(pipe):
+        return problems
+    read = [text_width(net) for net in getattr(controlnet, "nets", [controlnet])]
+    name = _named(family)
     return [
-        f"the ControlNet reads {width}-wide tokens, the UNet {unet_width}: use a ControlNet made for this UNet"
-        for width in widths
-        if width != unet_width
+        f"the ControlNet reads {other}-wide tokens, the {name} {width}: use a ControlNet made for this {name}"
+        for other in read
+        if other is not None and other != width
     ]
+
+
+def _named(family: Family) -> str:
+    return "UNet" if family.denoiser == "unet" else family.denoiser
 
 
 def _class_name(component) -> str:
     return "" if component is None else type(component).__name__
-
-
-def _unsupported(pipe: DiffusionPipeline) -> str:
-    return (
-        f"{type(pipe).__name__} is not supported yet: "
-        "supported are Stable Diffusion 1.x, 2.x and XL (text-to-image, image-to-image, inpaint, ControlNet)"
-    )

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _audible_libraries() -> None:
+    """Undo what a command run in this process silences: other tests listen to warnings."""
+    for name in ("diffusers", "transformers"):
+        if name in sys.modules:
+            sys.modules[name].utils.logging.set_verbosity_warning()
 
 
 @pytest.fixture(scope="session")

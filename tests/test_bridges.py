@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from textcond.bridges import BRIDGES, LayerAverage, PooledBridge, build_bridge
+from textcond.bridges import (
+    BRIDGES,
+    GrowingResamplerBridge,
+    LayerAverage,
+    PooledBridge,
+    ResamplerBridge,
+    build_bridge,
+)
 
 
 def make(kind: str, input_width=48, width=64, tokens=7, depth=2):
@@ -44,6 +51,31 @@ def test_resampler_is_blind_to_masked_states_and_to_the_amount_of_padding():
     bridge(x, keep).sum().backward()
     assert x.grad[~keep].abs().max() == 0
     assert x.grad[keep].abs().sum() > 0
+
+
+def test_growing_resampler_reads_every_state_into_a_power_of_two_of_blocks():
+    bridge = GrowingResamplerBridge(24, 32, tokens=6, depth=2, chunk=5)
+    for length, blocks in ((1, 1), (5, 1), (6, 2), (10, 2), (11, 4), (15, 4), (21, 8)):
+        states, keep = torch.randn(1, length, 24, requires_grad=True), torch.ones(1, length, dtype=torch.bool)
+        tokens = bridge(states, keep)
+        assert tokens.shape == (1, blocks * 6, 32)
+        tokens.square().sum().backward()
+        assert (states.grad.abs().sum(dim=-1) > 0).all()
+        if blocks == 1:
+            assert torch.equal(tokens, ResamplerBridge.forward(bridge, states, keep))
+
+
+def test_growing_resampler_repeats_the_blocks_of_shorter_texts():
+    bridge = GrowingResamplerBridge(24, 32, tokens=6, depth=2, chunk=5)
+    states, lengths = torch.randn(3, 16, 24), torch.tensor([3, 9, 16])
+    together = bridge(states, torch.arange(16) < lengths[:, None])
+    assert together.shape == (3, 24, 32)
+    for i, (length, repeats) in enumerate(((3, 4), (9, 2), (16, 1))):
+        alone = bridge(states[i : i + 1, :length], torch.ones(1, length, dtype=torch.bool))
+        assert torch.allclose(together[i], alone[0].repeat(repeats, 1), atol=1e-5)
+    asked = bridge(states[:1, :3], torch.ones(1, 3, dtype=torch.bool), 8)
+    assert torch.allclose(asked, together[:1].repeat(1, 2, 1), atol=1e-5)
+    assert [bridge.blocks_in(tokens) for tokens in (6, 24, 18, 25, 3)] == [1, 4, None, None, None]
 
 
 def test_untrained_resampler_tells_texts_apart():

@@ -196,6 +196,23 @@ def test_saving_and_loading_is_exact(family, bridge, tmp_path):
     assert not list((tmp_path / "encoder").glob("*.bin"))
 
 
+def test_the_heads_of_the_retrieval_face_are_saved_and_loaded(tmp_path):
+    encoder = text_encoder()
+    encoder.add_heads(sparse=True, tokens=5)
+    both = ConditioningEncoder.from_text_encoder(encoder, width=32, tokens=12)
+    both.save_pretrained(tmp_path)
+    loaded, report = ConditioningEncoder.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert "heads" not in str(conditioning().state_dict().keys())
+    for face in (both.text_encoder, loaded.text_encoder, TextEncoder.from_pretrained(tmp_path)):
+        assert face.weights_hash() == encoder.weights_hash()
+        assert face.encode(PROMPTS[0], output="sparse") == pytest.approx(encoder.encode(PROMPTS[0], output="sparse"))
+        assert np.allclose(
+            face.encode(PROMPTS[0], output="tokens"), encoder.encode(PROMPTS[0], output="tokens"), atol=1e-6
+        )
+
+
 # Tokenizers
 
 

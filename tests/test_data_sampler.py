@@ -228,6 +228,7 @@ def test_a_state_of_other_data_or_options_is_refused_by_name(tmp_path):
         (BatchSampler({"a": data}, batch_size=8, seed=1), "seed = 0, this one has 1"),
         (BatchSampler({"b": data}, batch_size=8), r"rows = \{'a': 50\}, this one has \{'b': 50\}"),
         (BatchSampler({"a": plain(tmp_path, "c", 49)}, batch_size=8), r"rows = \{'a': 50\}"),
+        (BatchSampler({"a": plain(tmp_path, "d", 50)}, batch_size=8), r"content = \{'a': '[0-9a-f]{64}'\}"),
     ):
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)

@@ -1,10 +1,13 @@
 import os
 import resource
 import stat
+from pathlib import Path
 
 import pytest
+import torch
 
-from textcond.apps.files import atomic_file, check_output
+from textcond.apps.files import check_output
+from textcond.files import atomic_file, read_tensors, remove_partials, write_mark, write_tensors
 
 
 @pytest.mark.parametrize(
@@ -88,3 +91,31 @@ def test_a_disk_that_takes_no_more_is_told_with_the_name_of_the_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+
+
+def test_every_writer_is_whole_or_leaves_what_was_there(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+    write_mark(tmp_path / "a.json", {"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        with pytest.raises(OSError, match=r"cannot write .*a\.safetensors .*free some space"):
+            write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+        with pytest.raises(OSError, match=r"cannot write .*a\.json .*free some space"):
+            write_mark(tmp_path / "a.json", {"step": 2})
+    assert read_tensors(tmp_path / "a.safetensors")["x"].tolist() == [1, 1]
+    assert '"step": 1' in (tmp_path / "a.json").read_text()
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.safetensors"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    (tmp_path / "a.bin").touch()
+    with atomic_file(tmp_path / "b.bin") as file:
+        os.link(file.name, tmp_path / ".textcond-killed.partial")
+        assert Path(file.name).match(".textcond-*.partial")
+    (tmp_path / "b.bin").unlink()
+    remove_partials(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]

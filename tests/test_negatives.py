@@ -261,7 +261,7 @@ def test_run_files_of_both_shapes_in_any_order_and_their_errors(tmp_path):
     with pytest.raises(ValueError, match="no query_id"):
         source.candidates([Example("x", ["y"])], 10, [])
     trec.write_text("q1 Q0 d0 1 4.5 bm25\nq1 d0 first\n")
-    with pytest.raises(ValueError, match=r"run\.trec, line 2"):
+    with pytest.raises(ValueError, match=r"run\.trec:2: .q1 d0 first. is no line of a run"):
         RunFile(trec)
     trec.write_text("q1\tother\t1\n")
     source = RunFile(trec)

@@ -1,7 +1,7 @@
 import pytest
 
 from textcond.negatives import BM25Index
-from textcond.negatives.words import jaccard, normalised, shingles, text_key, words
+from textcond.negatives.words import words
 
 PASSAGES = [
     "The Eiffel Tower is a lattice tower in Paris, made of iron.",
@@ -79,11 +79,3 @@ def test_equal_scores_come_in_the_order_of_rows_and_unknown_words_find_nothing()
     assert index.search("", 2)[0].tolist() == []
     with pytest.raises(ValueError, match="no word"):
         BM25Index(["", "…"])
-
-
-def test_normalised_texts_and_shingles():
-    assert normalised("  Ｆｏｏ\n BAR ") == "foo bar"
-    assert text_key("Foo  bar") == text_key("foo bar") != text_key("foobar")
-    assert jaccard(shingles("abcdefgh"), shingles("abcdefgh")) == 1
-    assert jaccard(shingles("abcdef"), shingles("abcdeX")) == pytest.approx(1 / 3)
-    assert jaccard(shingles("ab"), shingles("cd")) == 0

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -8,7 +13,7 @@ from textcond import onednn, packing
 from textcond.onednn import OneDnnLinear
 from textcond.packing import can_pack, packed_states
 
-FAMILIES = ["bert", "roberta", "xlm-roberta", "llama", "mistral", "qwen2"]
+FAMILIES = ["bert", "roberta", "xlm-roberta", "electra", "llama", "mistral", "qwen2"]
 TEXTS = [*tiny.PROMPTS, "the dog", "fox", "a <pad> b", "a fox , the dog . " * 8]
 
 
@@ -134,3 +139,27 @@ def test_onednn_leaves_other_types_and_autocast_alone(monkeypatch):
     with OneDnnLinear():
         assert layer.double()(rows.double()).dtype == torch.float64
         assert layer.bfloat16()(rows.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of a process from /proc")
+def test_memory_hardly_grows_with_the_number_of_batch_shapes():
+    code = """
+import torch
+from textcond.onednn import OneDnnLinear
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+weight = torch.randn(384, 384, requires_grad=True)
+for rows in range(100, 400):
+    before = resident() if rows == 140 else 0 if rows < 140 else before
+    with OneDnnLinear():
+        torch.nn.functional.linear(torch.randn(rows, 384), weight).sum().backward()
+print(resident() - before)
+"""
+    usual = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    usual |= {"OMP_NUM_THREADS": "1"}
+    grown = [
+        float(subprocess.run([sys.executable, "-c", code], env=usual | extra, check=True, capture_output=True).stdout)
+        for extra in ({}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"})
+    ]
+    assert grown[0] < 0.7 * grown[1]

@@ -72,6 +72,10 @@ def test_tables_become_dataclasses(write):
         ("steps = 7", "steps = 0", "steps from 1"),
         ("steps = 7", "steps = 7\nwarmup = 2", "warmup"),
         ("steps = 7", "steps = 7\nmini_batch = 0", "mini_batch=0"),
+        ("steps = 7", "steps = 7\nmax_length = 0", "max_length=0"),
+        ("r = 4", 'dtype = "float16"', "dtype is 'float16': use float32 or bfloat16"),
+        ("weight = 2", 'on_error = "ignore"', r"a\.jsonl: on_error is 'ignore': use raise or skip"),
+        ("weight = 2", 'options = {on_error = "skip"}', "put it beside path"),
         ("steps = 7", 'steps = 7\nschedule = "step"', "'step'.*linear, cosine, constant"),
         ("steps = 7", 'steps = 7\n[stages.mining]\ncorpus = "c"\noptions = {depht = 3}', "no option 'depht'"),
         ("steps = 7", "steps =", "is not TOML"),
@@ -159,5 +163,7 @@ def test_changes_name_key_old_and_new(write):
         "stages.1.steps: was 7, is 9",
     ]
     assert changes({"a": {"b": 1}, "c": []}, {"a": {}, "d": 2}) == ["a.b: was 1, is null", "d: was null, is 2"]
+    # what changes no weight may change
+    assert changes(before, load_recipe(write(PLAIN), ["save_every=1", "tensorboard=true"]).to_dict()) == []
     # a table that came or went counts, be it empty
     assert changes({"lora": None}, {"lora": {"r": 4}}) == ["lora.r: was null, is 4"]

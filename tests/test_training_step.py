@@ -17,7 +17,7 @@ from textcond.data import Example
 from textcond.features import Features
 from textcond.losses import build_loss
 from textcond.training import TextBatch, backward
-from textcond.training.step import chunks, encode_chunk
+from textcond.training.step import chunks, encode_chunk, sum_gradients
 
 DIRECTIONS = ["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
 LOSSES = {
@@ -211,6 +211,14 @@ def test_a_loss_that_is_not_finite_is_refused_before_any_gradient():
     with pytest.raises(FloatingPointError, match="the loss is nan"):
         backward(made, NoNumber(), drawn(), Accelerator(cpu=True))
     assert all(parameter.grad is None for parameter in made.parameters())
+
+
+def test_a_parameter_without_gradient_on_any_process_keeps_none():
+    module = nn.ModuleDict({"read": nn.Linear(2, 1, bias=False), "unread": nn.Linear(2, 1, bias=False)})
+    module["read"](torch.tensor([1.0, 2.0])).backward()
+    sum_gradients(module, Accelerator(cpu=True))
+    assert module["read"].weight.grad.tolist() == [[1, 2]]
+    assert module["unread"].weight.grad is None
 
 
 # -- two processes ---------------------------------------------------------------------------------------------------

@@ -4,19 +4,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from .conditioning import ConditioningEncoder, ConditioningEncoderConfig, ConditioningEncoderWithProjection
     from .encoder import TextEncoder, TextEncoderConfig
     from .index import Hit, PromptIndex
+    from .original import PackedTokenizer
+    from .slot_tokenizer import T5SlotTokenizer
 
 __all__ = [
     "ConditioningEncoder",
     "ConditioningEncoderConfig",
     "ConditioningEncoderWithProjection",
     "Hit",
+    "PackedTokenizer",
     "PreTrainedModel",
+    "PreTrainedTokenizerFast",
     "PromptIndex",
+    "T5SlotTokenizer",
     "TextEncoder",
     "TextEncoderConfig",
 ]
@@ -26,8 +31,12 @@ _HOMES = {
     "ConditioningEncoderConfig": "textcond.conditioning",
     "ConditioningEncoderWithProjection": "textcond.conditioning",
     "Hit": "textcond.index",
-    "PreTrainedModel": "transformers",  # diffusers looks for it here when it loads a saved pipeline
+    "PackedTokenizer": "textcond.original",
+    # diffusers looks for these two here when it loads a saved pipeline
+    "PreTrainedModel": "transformers",
+    "PreTrainedTokenizerFast": "transformers",
     "PromptIndex": "textcond.index",
+    "T5SlotTokenizer": "textcond.slot_tokenizer",
     "TextEncoder": "textcond.encoder",
     "TextEncoderConfig": "textcond.encoder",
 }

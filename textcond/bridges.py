@@ -2,7 +2,8 @@
 
 Every bridge maps `states` `(batch, tokens, input_width)` and `keep` `(batch, tokens)`, true where a token is real, to
 `(batch, n, width)`. `linear` and `mlp` keep the length (`n == tokens`, padding included, as CLIP does in Stable
-Diffusion); `resampler` gives a fixed number of tokens that padding cannot reach.
+Diffusion); `resampler` gives a number of tokens, fixed or growing with the text, that padding cannot reach. `identity`
+leaves the states to a denoiser that maps them itself; it is in none of the tables of trained bridges.
 
 All of them start with unit variance per channel, the scale that CLIP's final layer norm gives a denoiser.
 The projections carry the names `q_proj, k_proj, v_proj, out_proj` because diffusers recognises a LoRA file of a text
@@ -29,6 +30,14 @@ def reset_norm(norm: nn.LayerNorm) -> None:
     """Set a layer norm to the plain one."""
     nn.init.ones_(norm.weight)
     nn.init.zeros_(norm.bias)
+
+
+class IdentityBridge(nn.Module):
+    """The backbone's own states, for a denoiser with a connector of its own: zero where padded, which tells it so."""
+
+    def forward(self, states: Tensor, keep: Tensor) -> Tensor:
+        """Give the states where `keep` is true, zeros elsewhere."""
+        return states.masked_fill(~keep[..., None], 0)
 
 
 class LinearBridge(nn.Module):
@@ -103,8 +112,11 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, queries: Tensor, states: Tensor, mask: Tensor) -> Tensor:
         """Attend from `queries` `(batch, n, width)`; `mask` `(batch, 1, 1, tokens + n)` is true where a key counts."""
-        queries = self.norm_queries(queries)
-        keys = torch.cat([self.norm_states(states), queries], dim=1)
+        return self.attend(self.norm_queries(queries), self.norm_states(states), mask)
+
+    def attend(self, queries: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        """The attention of `forward` on queries and states that are already normalised."""
+        keys = torch.cat([states, queries], dim=1)
         q, k, v = self.split(self.q_proj(queries)), self.split(self.k_proj(keys)), self.split(self.v_proj(keys))
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
@@ -139,11 +151,13 @@ class ResamplerBridge(nn.Module):
     the same whatever padding surrounds a prompt, and a denoiser that takes no mask needs none.
     """
 
+    block = PerceiverBlock
+
     def __init__(self, input_width: int, width: int, tokens: int, depth: int):
         super().__init__()
         self.queries = nn.Parameter(torch.empty(tokens, width))
         self.proj_in = nn.Linear(input_width, width)
-        self.blocks = nn.ModuleList(PerceiverBlock(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(self.block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.out_proj = nn.Linear(width, width)
         self.reset_parameters()
@@ -166,6 +180,42 @@ class ResamplerBridge(nn.Module):
         for block in self.blocks:
             queries = block(queries, states, mask)
         return self.out_proj(self.norm(queries))
+
+
+class GrowingResamplerBridge(ResamplerBridge):
+    """A resampler whose output grows with the text: `tokens` for each of 1, 2, 4, 8 ... equal parts of it.
+
+    `(batch, any length, input_width)` -> `(batch, blocks * tokens, width)`. A text is cut into the fewest parts, a
+    power of two, of at most `chunk` states, and the queries read each part by itself; the backbone has already told
+    every state of the whole text. A shorter text of a batch repeats its blocks, which for a denoiser that reads them
+    by cross-attention is the same as having them once. Up to `chunk` states the output is a ResamplerBridge's, and
+    so are the weights.
+    """
+
+    def __init__(self, input_width: int, width: int, tokens: int, depth: int, chunk: int):
+        super().__init__(input_width, width, tokens, depth)
+        self.chunk = chunk
+
+    def blocks_for(self, length: int) -> int:
+        """How many blocks a text of so many states needs."""
+        return 1 << ((length - 1) // self.chunk).bit_length()
+
+    def blocks_in(self, tokens: int) -> int | None:
+        """How many blocks so many output tokens are; None if it is no number of tokens that this bridge gives."""
+        blocks, rest = divmod(tokens, self.queries.shape[0])
+        return blocks if blocks and not rest and not blocks & (blocks - 1) else None
+
+    def forward(self, states: Tensor, keep: Tensor, blocks: int | None = None) -> Tensor:
+        """Read the states where `keep` is true into a power of two of blocks, None being what the longest needs."""
+        lengths = keep.sum(dim=1)
+        own = [self.blocks_for(length) for length in lengths.tolist()]
+        blocks = blocks or max(own)
+        own = torch.tensor(own, device=keep.device).clamp(max=blocks)[:, None]
+        part_of_state = (keep.cumsum(dim=1) - 1) * own // lengths[:, None]
+        part_of_block = torch.arange(blocks, device=keep.device) % own
+        keep = keep[:, None] & (part_of_state[:, None] == part_of_block[..., None])
+        tokens = super().forward(states.repeat_interleave(blocks, dim=0), keep.flatten(0, 1))
+        return tokens.unflatten(0, (-1, blocks)).flatten(1, 2)
 
 
 class PooledBridge(nn.Module):
@@ -209,11 +259,16 @@ class LayerAverage(nn.Module):
         return sum(weight * F.layer_norm(state, state.shape[-1:]) for weight, state in zip(weights, states))
 
 
-def build_bridge(kind: str, input_width: int, width: int, tokens: int | None, depth: int) -> nn.Module:
-    """Make a bridge of a kind in `BRIDGES`; `tokens` and `depth` are the resampler's.
+def build_bridge(
+    kind: str, input_width: int, width: int, tokens: int | None, depth: int, chunk: int | None = None
+) -> nn.Module:
+    """Make a bridge of a kind in `BRIDGES`, or "identity"; `tokens`, `depth` and `chunk` are the resampler's.
 
-    Raises ValueError for an unknown kind, or a resampler without a number of tokens.
+    Raises ValueError for an unknown kind, a resampler without a number of tokens, a chunk for another kind or below 1,
+    or an identity of two widths.
     """
+    if chunk is not None and (kind != "resampler" or chunk < 1):
+        raise ValueError(f"chunk={chunk} for a {kind} bridge: give a resampler a chunk of at least 1, or leave it out")
     if kind == "linear":
         return LinearBridge(input_width, width)
     if kind == "mlp":
@@ -221,5 +276,13 @@ def build_bridge(kind: str, input_width: int, width: int, tokens: int | None, de
     if kind == "resampler":
         if not tokens:
             raise ValueError("a resampler bridge needs a number of output tokens: pass tokens=77, say")
+        if chunk:
+            return GrowingResamplerBridge(input_width, width, tokens, depth, chunk)
         return ResamplerBridge(input_width, width, tokens, depth)
-    raise ValueError(f"unknown bridge {kind!r}: choose one of {', '.join(BRIDGES)}")
+    if kind == "identity":
+        if width != input_width:
+            raise ValueError(
+                f"an identity bridge gives the backbone's own {input_width}-wide states: pass width={input_width}"
+            )
+        return IdentityBridge()
+    raise ValueError(f"unknown bridge {kind!r}: choose one of {', '.join(BRIDGES)}, identity")

@@ -12,9 +12,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 from transformers.utils import cached_file
 
-from .bridges import LAYERS, LayerAverage, LinearBridge, MLPBridge, PooledBridge, ResamplerBridge, build_bridge
-from .encoder import TextEncoder, TextEncoderConfig
+from .bridges import (
+    LAYERS,
+    GrowingResamplerBridge,
+    LayerAverage,
+    LinearBridge,
+    MLPBridge,
+    PooledBridge,
+    ResamplerBridge,
+    build_bridge,
+)
+from .encoder import TextEncoder, TextEncoderConfig, position_capacity
 from .folders import atomic_folder
+from .heads import new_heads
+from .original import OriginalEncoders, PackedTokenizer, mix_tokens, model_class
 from .pooling import pool
 from .sentence_folder import Dense
 
@@ -31,6 +42,7 @@ _OWNED = (
     "config_sentence_transformers.json",
     "[0-9]_*",
     "tokenizer*",
+    "part_*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
@@ -76,12 +88,15 @@ class ConditioningEncoderConfig(PretrainedConfig):
         tokens: number of tokens that a resampler gives; None where the bridge keeps the tokenizer's length.
         projection_dim: width of the pooled vector, or None for none.
         bridge_depth: blocks of a resampler.
+        chunk: states that a resampler reads into `tokens` tokens, if their number grows with the text.
         layers: read the "last" layer of the backbone, or the learned "average" of all of them.
         pad_token_id: token that the backbone never sees.
         eos_token_id: the token whose state "eos" pooling takes.
         use_attention_mask: tells Stable Diffusion pipelines to pass the tokenizer's mask.
         text_encoder: fields of the TextEncoderConfig of the retrieval face.
         retrieval_projection: `in_features, out_features, bias, activation` of each layer after the pooling there.
+        heads: output width of each head of the retrieval face, by name.
+        original: what `textcond.original.keep_original` says of the encoders that it keeps.
 
     Raises:
         ValueError: for an unknown key or value, naming it.
@@ -99,12 +114,15 @@ class ConditioningEncoderConfig(PretrainedConfig):
         tokens: int | None = 77,
         projection_dim: int | None = None,
         bridge_depth: int = 4,
+        chunk: int | None = None,
         layers: str = "last",
         pad_token_id: int | None = 0,
         eos_token_id: int | None = None,
         use_attention_mask: bool = True,
         text_encoder: dict[str, Any] | None = None,
         retrieval_projection: list[dict[str, Any]] | None = None,
+        heads: dict[str, int] | None = None,
+        original: dict[str, Any] | None = None,
         **kwargs,
     ):
         unknown = sorted(set(kwargs) - _INHERITED_KEYS)
@@ -129,20 +147,24 @@ class ConditioningEncoderConfig(PretrainedConfig):
         self.tokens = tokens
         self.projection_dim = projection_dim
         self.bridge_depth = bridge_depth
+        self.chunk = chunk
         self.layers = layers
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id
         self.use_attention_mask = use_attention_mask
         self.text_encoder = TextEncoderConfig.from_dict(text_encoder or {}).to_dict()
         self.retrieval_projection = retrieval_projection or []
+        self.heads = heads or {}
+        self.original = original
 
 
 class _TextModel(nn.Module):
-    """Where stock pipelines look for the layer norm that `clip_skip` needs; ours is already applied."""
+    """Where stock pipelines look for the layer norm that `clip_skip` needs, here already applied, and for a dtype."""
 
-    def __init__(self):
+    def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.final_layer_norm = nn.Identity()
+        self.dtype = dtype
 
 
 class ConditioningEncoder(PreTrainedModel):
@@ -154,6 +176,9 @@ class ConditioningEncoder(PreTrainedModel):
 
     `tokenizer` is the one that the pipeline must use, or None for a folder without one. The same backbone serves
     retrieval: `encoder.text_encoder.encode(texts)`.
+
+    Stable Diffusion pipelines cut a negative prompt to as many tokens as the output has. A longer one is read whole if
+    `pipe.encode_prompt` encodes it as a prompt, and the call gets it as `negative_prompt_embeds`.
 
     Tools that weigh the words of a prompt multiply output tokens by the weights of input tokens: they need a `linear`
     or `mlp` bridge.
@@ -173,27 +198,35 @@ class ConditioningEncoder(PreTrainedModel):
         config: ConditioningEncoderConfig,
         backbone: PreTrainedModel | None = None,
         retrieval_projection: nn.Module | None = None,
+        heads: nn.ModuleDict | None = None,
+        originals: list[PreTrainedModel] | None = None,
     ):
         super().__init__(config)
+        width = config.text_config.hidden_size
         if backbone is None:
-            backbone = _model_class(config.backbone_class)(config.text_config)
+            backbone = model_class(config.backbone_class)(config.text_config)
             # BERT's head for next-sentence prediction: no pooling here reads it, and not every checkpoint has it.
             if hasattr(backbone, "pooler"):
                 backbone.pooler = None
             retrieval_projection = _build_projection(config.retrieval_projection)
+            heads = new_heads(width, sparse="sparse" in config.heads, tokens=config.heads.get("tokens", 0))
         else:
             # Trained weights, which post_init would draw anew.
-            for module in backbone.modules():
-                module._is_hf_initialized = True
-        width = config.text_config.hidden_size
+            for model in (backbone, *(originals or ())):
+                for module in model.modules():
+                    module._is_hf_initialized = True
         self.backbone = backbone
         self.retrieval_projection = retrieval_projection
+        self.heads = heads
+        self.original = OriginalEncoders(config.original, originals) if config.original else None
         depth = config.text_config.num_hidden_layers
         self.layer_average = LayerAverage(depth + 1) if config.layers == "average" else None
-        self.bridge = build_bridge(config.bridge, width, config.hidden_size, config.tokens, config.bridge_depth)
+        self.bridge = build_bridge(
+            config.bridge, width, config.hidden_size, config.tokens, config.bridge_depth, config.chunk
+        )
         self.pooled_bridge = PooledBridge(width, config.projection_dim) if config.projection_dim else None
-        self.text_model = _TextModel()
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._capacity = position_capacity(backbone)
         # A prompt is encoded once: keys and values need not be kept.
         config.text_config.use_cache = False
         self.post_init()
@@ -212,6 +245,8 @@ class ConditioningEncoder(PreTrainedModel):
         tokens: int | None = 77,
         pooled_width: int | None = None,
         bridge_depth: int = 4,
+        chunk: int | None = None,
+        prompt_length: int | None = None,
         layers: str = "last",
         seed: int = 0,
     ) -> "ConditioningEncoder":
@@ -227,12 +262,17 @@ class ConditioningEncoder(PreTrainedModel):
                 the pipeline pads prompts, None being the encoder's `max_length`.
             pooled_width: width of the pooled vector (1280 for SDXL), or None for none.
             bridge_depth: blocks of a resampler.
+            chunk: lets a resampler's output grow with the prompt: `tokens` for up to `chunk` tokens in, twice as many
+                for up to `2 * chunk`, then four times, and so on. None gives `tokens` whatever the length.
+            prompt_length: the longest prompt in tokens, at most what the backbone has positions for. None is the
+                encoder's `max_length`, 512 at most; a `linear` or `mlp` bridge takes `tokens` for it.
             layers: "last", or "average" for a learned average of the backbone's layers.
             seed: of the bridge's initial weights.
 
         Raises:
             ValueError: for an unknown bridge, a resampler without `tokens`, a ConditioningEncoderWithProjection
-                without `pooled_width`, or a backbone whose class is not one of transformers.
+                without `pooled_width`, a backbone whose class is not one of transformers, or a length that it has no
+                positions for.
         """
         backbone = encoder.backbone
         backbone_class = type(backbone).__name__
@@ -244,7 +284,19 @@ class ConditioningEncoder(PreTrainedModel):
         tokenizer = _with_own_pad(encoder.tokenizer)
         _add_rows(backbone, tokenizer.pad_token_id + 1)
         limit = min(encoder.max_length or _LONGEST_PROMPT, _LONGEST_PROMPT)
-        tokenizer.model_max_length = limit if bridge == "resampler" else tokens or limit
+        if bridge != "resampler":
+            if prompt_length is not None:
+                raise ValueError(f"prompt_length={prompt_length} for a {bridge} bridge: pass it as tokens")
+            limit = tokens or limit
+        elif prompt_length is not None:
+            capacity = position_capacity(backbone)
+            if capacity is not None and prompt_length > capacity:
+                raise ValueError(
+                    f"prompt_length={prompt_length}, but {backbone_class} has positions for {capacity} tokens: "
+                    f"pass {capacity} or fewer"
+                )
+            limit = prompt_length
+        tokenizer.model_max_length = limit
         config = ConditioningEncoderConfig(
             text_config=backbone.config,
             backbone_class=backbone_class,
@@ -253,22 +305,38 @@ class ConditioningEncoder(PreTrainedModel):
             tokens=tokens if bridge == "resampler" else None,
             projection_dim=pooled_width,
             bridge_depth=bridge_depth,
+            chunk=chunk,
             layers=layers,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=encoder.tokenizer.eos_token_id,
             # The pipeline's length limit may be shorter; the vectors of the retrieval face must not change.
             text_encoder=encoder.config.to_dict() | {"max_length": encoder.max_length or NO_LENGTH_LIMIT},
             retrieval_projection=_describe_projection(encoder.projection),
+            heads={name: head.linear.out_features for name, head in encoder.heads.items()},
             dtype=encoder.dtype,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = cls(config, backbone, encoder.projection)
+            model = cls(config, backbone, encoder.projection, encoder.heads)
         for module in (model.bridge, model.pooled_bridge, model.layer_average):
             if module is not None:
                 module.to(encoder.device, encoder.dtype)
         model.tokenizer = tokenizer
+        if isinstance(model.bridge, GrowingResamplerBridge):
+            model._fit_growth()
         return model.eval()
+
+    def _fit_growth(self) -> None:
+        limit, capacity = self.tokenizer.model_max_length, position_capacity(self.backbone)
+        most = self.bridge.blocks_for(limit) * self.config.tokens
+        if capacity is not None and most > capacity:
+            raise ValueError(
+                f"chunk={self.config.chunk} makes {most} tokens of a prompt of {limit}, to which negative prompts are "
+                f"padded, and there are positions for {capacity}: pass a larger chunk or fewer tokens"
+            )
+        # A row as long as an output asks for that output, so a prompt's must be of another length.
+        if self.bridge.blocks_in(limit):
+            self.tokenizer.model_max_length = limit - 1
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -283,22 +351,56 @@ class ConditioningEncoder(PreTrainedModel):
 
     def text_encoder_with(self, tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
         """The retrieval face on the same backbone, with a given tokenizer."""
-        return TextEncoder(
+        if isinstance(tokenizer, PackedTokenizer):
+            tokenizer = tokenizer.others[-1]
+        encoder = TextEncoder(
             self.backbone, tokenizer, TextEncoderConfig.from_dict(self.config.text_encoder), self.retrieval_projection
         )
+        encoder.heads = self.heads
+        return encoder
+
+    @property
+    def text_model(self) -> nn.Module:
+        """What a stock text encoder keeps under this name, as far as pipelines ask for it."""
+        return _TextModel(self.dtype)
+
+    @property
+    def _vocabulary_model(self) -> PreTrainedModel:
+        # Textual inversion is learned for a pipeline's original encoder, and goes there where it is kept.
+        return self.backbone if self.original is None else self.original.encoders[0]
 
     def get_input_embeddings(self) -> nn.Module:
-        """Token embeddings of the backbone."""
-        return self.backbone.get_input_embeddings()
+        """Token embeddings that belong to the tokenizer: the backbone's, or those of an original that is kept."""
+        return self._vocabulary_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embeddings of the backbone."""
-        self.backbone.set_input_embeddings(value)
+        """Replace the token embeddings that `get_input_embeddings` returns."""
+        self._vocabulary_model.set_input_embeddings(value)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """Resize the backbone's token embeddings, and the vocabulary size in the configuration that is saved."""
+        """Resize those token embeddings, and the vocabulary size in the configuration that is saved."""
         # `config.text_config` is the backbone's own configuration, so this sets the size in both.
-        return self.backbone.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        resized = self._vocabulary_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.original is not None:
+            self.config.original["encoders"][0]["config"] = self.original.encoders[0].config.to_dict()
+        return resized
+
+    def load_adapter(self, *args, **kwargs):
+        """Load a peft adapter, as PreTrainedModel does.
+
+        Raises:
+            ValueError: if its weights name a module that is not here, which would leave others with random ones.
+        """
+        modules = dict(self.named_modules())
+        for key in kwargs.get("adapter_state_dict") or ():
+            module, lora, _ = key.removeprefix("base_model.model.").partition(".lora_")
+            if lora and module not in modules:
+                raise ValueError(
+                    f"this adapter has weights for {module!r}, so it was made for another text encoder than this "
+                    f"{type(self).__name__}: load such a LoRA file before swap_text_encoder, which keeps the UNet's "
+                    "part of it"
+                )
+        return super().load_adapter(*args, **kwargs)
 
     def forward(
         self,
@@ -318,6 +420,23 @@ class ConditioningEncoder(PreTrainedModel):
         return self._finish(output, output_hidden_states, return_dict)
 
     def _condition(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.original is None:
+            return self._read(input_ids, attention_mask)
+        first, weight = sum(self.original.lengths), self.config.original["weight"]
+        if input_ids.shape[1] <= first:
+            raise ValueError(
+                f"rows of {input_ids.shape[1]} ids, and the original's part alone has {first}: "
+                "use the encoder's own tokenizer"
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        original, original_pooled = self.original(input_ids[:, :first], mask[:, :first])
+        tokens, pooled = self._read(input_ids[:, first:], mask[:, first:])
+        if pooled is not None:
+            pooled = weight * original_pooled + (1 - weight) * pooled
+        return mix_tokens(self.config.original["mix"], weight, original, tokens), pooled
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        padded = input_ids.shape[1]
         keep = input_ids != self.config.pad_token_id
         if attention_mask is not None:
             keep = keep & attention_mask.bool()
@@ -327,6 +446,11 @@ class ConditioningEncoder(PreTrainedModel):
             # Nothing behind the longest text of the batch reaches the output.
             length = int(keep.any(dim=0).nonzero()[-1]) + 1
             input_ids, keep = input_ids[:, :length], keep[:, :length]
+        if self._capacity is not None and input_ids.shape[1] > self._capacity:
+            raise ValueError(
+                f"a text of {input_ids.shape[1]} tokens, and {self.config.backbone_class} has positions for "
+                f"{self._capacity}: shorten it, or set the tokenizer's model_max_length to {self._capacity}"
+            )
         average = self.layer_average is not None
         output = self.backbone(input_ids=input_ids, attention_mask=keep.long(), output_hidden_states=average)
         states = self.layer_average(output.hidden_states) if average else output.last_hidden_state
@@ -340,6 +464,8 @@ class ConditioningEncoder(PreTrainedModel):
                 eos_token_id=self.config.eos_token_id,
             )
             pooled = self.pooled_bridge(pooled.to(states.dtype))
+        if isinstance(self.bridge, GrowingResamplerBridge):
+            return self.bridge(states, keep, self.bridge.blocks_in(padded)), pooled
         return self.bridge(states, keep), pooled
 
     def _finish(self, output, output_hidden_states: bool | None, return_dict: bool | None):
@@ -351,7 +477,16 @@ class ConditioningEncoder(PreTrainedModel):
         """Write configuration, safetensors weights and tokenizer; the folder appears whole or not at all.
 
         The keyword arguments are those of PreTrainedModel.
+
+        Raises:
+            ValueError: if the encoder carries a peft adapter, which has to be merged or saved by itself.
         """
+        if any(name.endswith(".base_layer") for name, _ in self.named_modules()):
+            raise ValueError(
+                "this encoder carries a peft adapter, beside which its own weights would not be saved: merge it first "
+                "(in a pipeline: pipe.fuse_lora(), then pipe.unload_lora_weights()), or save the adapter alone with "
+                "pipe.save_lora_weights"
+            )
         suffix = f".{variant}" if variant else ""
         weights = (
             f"model{suffix}.safetensors",
@@ -375,7 +510,8 @@ class ConditioningEncoder(PreTrainedModel):
         kwargs["use_safetensors"] = True
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.tokenizer = _tokenizer_beside(pretrained_model_name_or_path, kwargs)
+        tokenizer = PackedTokenizer if model.config.original else AutoTokenizer
+        model.tokenizer = _tokenizer_beside(pretrained_model_name_or_path, tokenizer, kwargs)
         return loaded
 
 
@@ -403,12 +539,9 @@ class ConditioningEncoderWithProjection(ConditioningEncoder):
         output = CLIPTextModelOutput(text_embeds=pooled, last_hidden_state=tokens)
         return self._finish(output, output_hidden_states, return_dict)
 
-
-def _model_class(name: str) -> type[PreTrainedModel]:
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise ValueError(f"backbone_class {name!r} is no model of transformers: correct the configuration")
-    return found
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The pooled vector `(batch, pooled_width)` alone, under the name by which MusicLDM asks CLAP for it."""
+        return self(input_ids, attention_mask).text_embeds
 
 
 def _with_own_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -458,7 +591,9 @@ def _build_projection(description: list[dict[str, Any]]) -> nn.Module | None:
     return nn.Sequential(*layers) if len(layers) > 1 else layers[0] if layers else None
 
 
-def _tokenizer_beside(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def _tokenizer_beside(
+    name_or_path: str | os.PathLike, cls: type, kwargs: dict[str, Any]
+) -> PreTrainedTokenizerBase | None:
     where = {
         name: kwargs[name]
         for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -471,7 +606,7 @@ def _tokenizer_beside(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -
         _raise_exceptions_for_connection_errors=False,
         **where,
     )
-    return AutoTokenizer.from_pretrained(name_or_path, **where) if found else None
+    return cls.from_pretrained(name_or_path, **where) if found else None
 
 
 # What model_index.json names: the package, whatever file of it holds the class.

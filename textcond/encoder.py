@@ -433,7 +433,7 @@ class TextEncoder(nn.Module):
             ValueError: damaged, incomplete or unsupported content, by name.
         """
         name = str(name_or_path)
-        projection = folder = None
+        projection = folder = heads = None
         if name.startswith(OPEN_CLIP):
             backbone, projection, tokenizer = load_open_clip_text(name.removeprefix(OPEN_CLIP))
             backbone.to(dtype)
@@ -447,6 +447,7 @@ class TextEncoder(nn.Module):
 
                 face = ConditioningEncoder.from_pretrained(folder, dtype=dtype).text_encoder
                 backbone, projection, tokenizer, config = face.backbone, face.projection, face.tokenizer, face.config
+                heads = face.heads
             else:
                 backbone = load_backbone(folder, dtype=dtype, trust_remote_code=trust_remote_code)
                 tokenizer = _load_tokenizer(folder, trust_remote_code)
@@ -462,7 +463,9 @@ class TextEncoder(nn.Module):
             backbone = merge_adapter(backbone, model_folder(adapter))
         encoder = cls(backbone, tokenizer, config, projection)
         encoder.name_or_path = name
-        if folder is not None:
+        if heads is not None:
+            encoder.heads = heads
+        elif folder is not None:
             encoder.heads = load_heads(folder, backbone.config.hidden_size, dtype)
         return encoder if device is None else encoder.to(device)
 

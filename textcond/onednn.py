@@ -1,11 +1,16 @@
 """Float32 linear layers by oneDNN, which uses all vector units of a CPU where torch's own choice may use half."""
 
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+# oneDNN keeps the code that it makes for each of the last 1,024 shapes. Batches of text hardly ever have equally many
+# tokens, so that is hundreds of MB which nothing reads again; a step of training needs some 30 at a time.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read when the first layer runs
 
 SMALLEST = 2**23  # multiply-adds below which changing the layout costs more than it gains
 

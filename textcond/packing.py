@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 PACKED = "textcond_packed"
-ENCODERS = ("bert", "roberta", "xlm-roberta")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra")
 DECODERS = ("llama", "mistral", "qwen2")
 
 
@@ -73,9 +73,6 @@ def packed_attention(
     """Attend within each text of a row: `(1, heads, tokens, head width)` to `(1, tokens, heads, head width)`."""
     counts = [(length, len(list(equal))) for length, equal in groupby(packed_lengths)]
     sizes = [length * count for length, count in counts]
-    dtype = query.dtype
-    if dtype in (torch.bfloat16, torch.float16):  # on a CPU the attention of short texts is slower in half precision
-        query, key, value = query.float(), key.float(), value.float()
     outputs = []
     for (length, count), *parts in zip(counts, *(tensor[0].split(sizes, dim=1) for tensor in (query, key, value))):
         texts = [part.unflatten(1, (count, length)).transpose(0, 1) for part in parts]
@@ -87,7 +84,7 @@ def packed_attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         outputs.append(attention.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).unsqueeze(0).to(dtype), None
+    return torch.cat(outputs).unsqueeze(0), None
 
 
 def _position_ids(backbone: PreTrainedModel, input_ids: Tensor) -> Tensor:

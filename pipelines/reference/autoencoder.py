@@ -13,9 +13,9 @@ from diffusers import AutoencoderTiny
 from torch import nn
 
 from textcond.folders import atomic_folder
+from textcond.pipelines.loop import fit, share, step_generator
 
 from .data import COLOURS, HELD_OUT_STYLE, RESOLUTION, ReferenceData, composite
-from .loop import fit, share, step_generator
 
 
 @dataclass
@@ -111,7 +111,7 @@ def train_autoencoder(data: ReferenceData, out: Path, recipe: AutoencoderRecipe,
 
     fit(
         "autoencoder", model, loss, out=out, steps=recipe.steps, batch=recipe.batch, decay=0.4,
-        learning_rate=recipe.learning_rate, accelerator=accelerator,
+        learning_rate=recipe.learning_rate, bf16=True, accelerator=accelerator,
     )  # fmt: skip
     vae = model.vae
     if accelerator.is_main_process:

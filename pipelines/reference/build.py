@@ -62,7 +62,7 @@ def build(
         if stage not in STAGES:
             raise ValueError(f"there is no stage {stage!r}: choose from {', '.join(STAGES)}")
     recipe = recipe or Recipe()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if "data" in stages and not (out / "data" / "concepts.json").is_file() and accelerator.is_main_process:
         prepare(artwork or fetch_artwork(out / "artwork"), out / "data")
     accelerator.wait_for_everyone()

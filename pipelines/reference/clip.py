@@ -22,6 +22,7 @@ from textcond import TextEncoder, TextEncoderConfig
 from textcond.files import half, read_tensors, write_tensors
 from textcond.folders import atomic_folder, read_json, write_json
 from textcond.losses import info_nce
+from textcond.pipelines.loop import fit, share, step_generator
 
 from .data import (
     COLOURS,
@@ -34,7 +35,6 @@ from .data import (
     composite,
     is_held_out,
 )
-from .loop import fit, share, step_generator
 
 MAX_TOKENS = 32
 IMAGE_SIZE = 64
@@ -308,7 +308,7 @@ def train_clip(data: ReferenceData, out: Path, recipe: ClipRecipe, accelerator: 
 
     fit(
         "clip", model, loss, out=out, steps=recipe.steps, batch=recipe.batch, decay=0.5, weight_decay=0.05,
-        learning_rate=recipe.learning_rate, accelerator=accelerator,
+        learning_rate=recipe.learning_rate, bf16=True, accelerator=accelerator,
     )  # fmt: skip
     if accelerator.is_main_process:
         save_clip(out, model, tokenizer)

@@ -123,6 +123,16 @@ def is_held_out(concept: str, style: str, colour: str) -> bool:
     return colour != DEFAULT_COLOUR and digest[0] < 51
 
 
+def is_held_out_concept(name: str) -> bool:
+    """Whether every caption, name and keyword list of a concept is kept out of alignment (one in five)."""
+    return hashlib.sha256(name.lower().encode()).digest()[0] < 51
+
+
+def is_unseen_concept(name: str) -> bool:
+    """Whether dictionaries' entries for a held-out concept are kept out of alignment too (one in ten)."""
+    return hashlib.sha256(name.lower().encode()).digest()[0] < 26
+
+
 # -- captions --------------------------------------------------------------------------------------------------------
 
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from textcond.folders import atomic_folder
+from textcond.pipelines.loop import fit, share, step_generator
 
 from .data import COLOURS, ReferenceData, is_held_out, sample_caption
-from .loop import fit, share, step_generator
 
 LATENT_SIZE = 16
 
@@ -166,7 +166,7 @@ def train_denoiser(
 
     average = fit(
         "denoiser", unet, loss, out=out, steps=recipe.steps, batch=recipe.batch, decay=recipe.decay, ema=recipe.ema,
-        learning_rate=recipe.learning_rate, weight_decay=0.01, accelerator=accelerator,
+        learning_rate=recipe.learning_rate, weight_decay=0.01, bf16=True, accelerator=accelerator,
     )  # fmt: skip
     if accelerator.is_main_process:
         unet.load_state_dict(average)

@@ -5,6 +5,7 @@ It shares no weights, objective or training run with what it scores.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from tqdm import tqdm
 
 from textcond.files import half, read_tensors, write_tensors
 from textcond.folders import atomic_folder, read_json, write_json
+from textcond.pipelines.loop import fit, share, step_generator
 
 from .data import COLOURS, STYLES, ReferenceData, composite
-from .loop import fit, share, step_generator
 
 SIZE = 64
 
@@ -47,11 +48,14 @@ class Verdict:
 
 
 class Judge(nn.Module):
-    """A small ResNet with three heads on 64x64 pictures."""
+    """A small ResNet with three heads on 64x64 pictures. `names` are those of its concepts, in order, where known."""
 
-    def __init__(self, concepts: int, channels: tuple[int, ...] = JudgeRecipe.channels):
+    def __init__(
+        self, concepts: int, channels: tuple[int, ...] = JudgeRecipe.channels, names: Sequence[str] | None = None
+    ):
         super().__init__()
-        self.config = {"concepts": concepts, "channels": list(channels)}
+        self.names = names
+        self.config = {"concepts": concepts, "channels": list(channels)} | ({"names": list(names)} if names else {})
         self.body = ResNet(
             BasicBlock, [1, 1, 1, 1], num_classes=0, channels=tuple(channels), stem_type="deep", stem_width=24
         )
@@ -128,7 +132,7 @@ def train_judge(
     seen = reconstructions(data, AutoencoderTiny.from_pretrained(vae_folder).eval(), out / "reconstructions.npy")
     small = np.stack([data.pixels[row].reshape(SIZE, 2, SIZE, 2, 4).mean((1, 3)).astype(np.uint8) for row in rows])
     styles, colours = list(STYLES), torch.tensor(list(COLOURS.values())).float()
-    judge = Judge(len(data.concepts), recipe.channels)
+    judge = Judge(len(data.concepts), recipe.channels, [concept.name for concept in data.concepts])
     mine = share(accelerator, recipe.batch)
 
     def loss(prepared: nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -151,7 +155,7 @@ def train_judge(
 
     fit(
         "judge", judge, loss, out=out, steps=recipe.steps, batch=recipe.batch, decay=0.5, weight_decay=0.02,
-        learning_rate=recipe.learning_rate, accelerator=accelerator,
+        learning_rate=recipe.learning_rate, bf16=True, accelerator=accelerator,
     )  # fmt: skip
     if accelerator.is_main_process:
         judge.eval().save_pretrained(out / "judge")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
-import tempfile
 from array import array
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from textcond.data.example import Example
 from textcond.data.reading import read_examples
 from textcond.data.writing import write_examples
+from textcond.files import atomic_file
 
 
 class ExampleFile:
@@ -24,20 +23,29 @@ class ExampleFile:
     Args:
         path: an uncompressed JSONL file as `write_examples` writes it.
         offsets: `(rows,)` int64, where each row's line starts; found by reading the file once if not given.
+        digest: the SHA-256 of the content; found by reading the file when it is first asked for if not given.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: for a file without a row.
     """
 
-    def __init__(self, path: str | Path, *, offsets: np.ndarray | None = None):
+    def __init__(self, path: str | Path, *, offsets: np.ndarray | None = None, digest: str | None = None):
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no file {self.path}: write it with write_examples, or check the path")
         self._offsets = line_offsets(self.path) if offsets is None else offsets
         if not len(self._offsets):
             raise ValueError(f"{self.path} holds no example: check what wrote it")
+        self._digest = digest
         self._map: mmap.mmap | None = None
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of the content, whenever and from whatever it was written."""
+        if self._digest is None:
+            self._digest = _digest(self.path)
+        return self._digest
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -72,6 +80,14 @@ def line_offsets(path: Path) -> np.ndarray:
     return np.frombuffer(starts, np.int64) if starts else np.empty(0, np.int64)
 
 
+def _digest(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def as_example_file(
     path: str | Path,
     format: str = "auto",
@@ -83,7 +99,7 @@ def as_example_file(
     """Convert any format to canonical JSONL once, streaming, and open it.
 
     A source is known by its files' names, sizes and times of change, and by the options: another file is another
-    conversion. Line offsets lie beside the rows, so that opening again reads neither.
+    conversion. Line offsets and digest lie beside the rows, so that opening again reads none of them.
 
     Args:
         path: a source of `read_examples`.
@@ -101,14 +117,14 @@ def as_example_file(
     identity = [format, on_error, sorted((name, str(value)) for name, value in options.items())]
     identity += [_stamps(source) for source in sources]
     rows = Path(cache) / f"{path.name}-{sha256(json.dumps(identity).encode()).hexdigest()[:16]}.jsonl"
-    offsets = rows.with_suffix(".offsets.npy")
-    if not (rows.is_file() and offsets.is_file()):
+    offsets, digest = rows.with_suffix(".offsets.npy"), rows.with_suffix(".sha256")
+    if not (rows.is_file() and offsets.is_file() and digest.is_file()):
         write_examples(read_examples(path, format, on_error=on_error, **options), rows)
-        handle, name = tempfile.mkstemp(prefix=f".{offsets.name}-", dir=rows.parent)
-        with os.fdopen(handle, "wb") as file:
+        with atomic_file(offsets) as file:
             np.save(file, line_offsets(rows))
-        Path(name).replace(offsets)
-    return ExampleFile(rows, offsets=np.load(offsets, mmap_mode="r"))
+        with atomic_file(digest) as file:
+            file.write(_digest(rows).encode())
+    return ExampleFile(rows, offsets=np.load(offsets, mmap_mode="r"), digest=digest.read_text())
 
 
 def _stamps(path: Path) -> list[tuple[str, int, int]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from textcond.data.example import Example, as_list, as_score
 from textcond.data.rows import Problems, container, is_datasets_folder, open_bytes, parse_json, read_lines, read_rows
+from textcond.data.run import Run
 from textcond.data.text_table import TextTable, titled
 
 LABELS = ("label", "labels", "score", "scores")
@@ -454,7 +455,7 @@ def _judged(
     problems: Problems,
     source: str,
 ) -> Iterator[Example]:
-    ranked = None if run is None else _Run(Path(run), problems)
+    ranked = None if run is None else Run(run, problems=problems)
     for query_id, (line, judged) in _read_qrels(qrels, problems).items():
         if not any(grade > 0 for grade in judged.values()):
             continue  # judged without a relevant document: nothing to pull towards
@@ -470,7 +471,7 @@ def _judged_example(
     judged: dict[str, int],
     queries: TextTable,
     corpus: TextTable,
-    run: _Run | None,
+    run: Run | None,
     negatives: int,
     source: str,
 ) -> Example:
@@ -505,59 +506,6 @@ def _read_qrels(path: Path, problems: Problems) -> dict[str, tuple[int, dict[str
             continue
         judged.setdefault(fields[0], (line, {}))[1][fields[-2]] = int(fields[-1])
     return judged
-
-
-class _Run:
-    """A ranking of documents for each query, read where it lies: the first place of each query is kept.
-
-    Raises:
-        ValueError: for a malformed line, or a query whose lines are not together.
-    """
-
-    def __init__(self, path: Path, problems: Problems):
-        if path.name.endswith(".gz"):
-            raise ValueError(f"{path} is packed, a run is read by place: unpack it")
-        self.path = path
-        self._starts: dict[str, int] = {}
-        last, position = None, 0
-        with open_bytes(path) as file:
-            for line, raw in enumerate(file, 1):
-                if raw.strip():
-                    row = problems.attempt(path, line, self._parse, raw)
-                    if row is not None and row[0] != last:
-                        last = row[0]
-                        if last in self._starts:
-                            raise ValueError(f"{path}:{line}: query {last!r} comes again: sort the run by query")
-                        self._starts[last] = position
-                position += len(raw)
-
-    def documents(self, query_id: str) -> dict[str, float]:
-        """Return ids and scores, best first, NaN for a run without scores; empty for an unknown query."""
-        rows = []
-        if query_id in self._starts:
-            with self.path.open("rb") as file:
-                file.seek(self._starts[query_id])
-                for raw in file:
-                    try:
-                        row = self._parse(raw)
-                    except ValueError:
-                        continue  # reported when the run was opened
-                    if row[0] != query_id:
-                        break
-                    rows.append(row)
-        return {ident: score for _, ident, _, score in sorted(rows, key=lambda row: row[2])}
-
-    def _parse(self, raw: bytes) -> tuple[str, str, int, float]:
-        text = raw.decode("utf-8", "replace")
-        fields = text.strip().split("\t") if "\t" in text else text.split()
-        try:
-            if len(fields) == 3:
-                return fields[0], fields[1], int(fields[2]), math.nan
-            if len(fields) == 6:
-                return fields[0], fields[2], int(fields[3]), float(fields[4])
-        except ValueError:
-            pass
-        raise ValueError(f"{text.strip()!r:.60} is no line of a run: write `qid docid rank` or the six TREC columns")
 
 
 def _tevatron_row(row: Mapping[str, Any], corpus: TextTable | None, source: str) -> Example:

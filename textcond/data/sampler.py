@@ -95,7 +95,7 @@ class BatchSampler(Iterator[tuple[str, list[int]]]):
         """Go on exactly where the sampler of `state_dict` was; reads one window of rows, not what came before.
 
         Raises:
-            ValueError: if that sampler had other data sets or options; names them.
+            ValueError: if that sampler had other data sets, other rows in them, or other options; names them.
         """
         for name, value in self._options().items():
             if state["options"].get(name) != value:
@@ -110,6 +110,7 @@ class BatchSampler(Iterator[tuple[str, list[int]]]):
     def _options(self) -> dict[str, Any]:
         return {
             "rows": {name: len(stream.dataset) for name, stream in self._streams.items()},
+            "content": {name: stream.dataset.digest for name, stream in self._streams.items()},
             "shares": self._shares.tolist(),
             "batch_size": self.batch_size,
             "batch_tokens": self.batch_tokens,

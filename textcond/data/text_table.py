@@ -6,7 +6,7 @@ import json
 import mmap
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
@@ -82,8 +82,11 @@ class TextTable:
 
     def items(self) -> Iterator[tuple[str, str]]:
         """Yield ids and texts in the order of the file."""
-        for offset in np.sort(self._offsets):
-            yield self._row(offset)
+        yield from self.rows()
+
+    def rows(self) -> Sequence[tuple[str, str]]:
+        """Return ids and texts by row number, in the order of the file; 8 bytes of memory a row."""
+        return _Rows(self._row, np.sort(self._offsets))
 
     def _row(self, offset: int) -> tuple[str, str]:
         end = self._map.find(b"\n", int(offset))
@@ -113,6 +116,17 @@ class TextTable:
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         file.seek(0)
         return file
+
+
+class _Rows(Sequence[tuple[str, str]]):
+    def __init__(self, read: Callable[[int], tuple[str, str]], offsets: np.ndarray):
+        self._read, self._offsets = read, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, row: int) -> tuple[str, str]:
+        return self._read(self._offsets[row])
 
 
 def row_text(row: Any) -> tuple[str, str]:

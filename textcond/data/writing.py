@@ -7,8 +7,6 @@ import gzip
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -18,6 +16,7 @@ from typing import IO, Any, Literal
 
 from textcond.data.example import Example
 from textcond.data.rows import container
+from textcond.files import atomic_file
 from textcond.folders import atomic_folder
 
 Shape = Literal["pair", "triplet", "n-tuple", "labeled-pair", "labeled-list"]
@@ -66,10 +65,10 @@ def write_examples(
         if kind not in ("jsonl", "csv", "tsv", "parquet"):
             raise ValueError(f"{path}: name it .jsonl, .csv, .tsv or .parquet for the format {format!r}")
         make = _answers if format == "natural-questions" else _shaped(shape, negatives, scores)
-        with atomic_file(path) as file:
+        with _written(path) as file:
             TABLES[kind]((row for example in counted for row in make(example, counted.count)), file)
     elif format in FILES:
-        with atomic_file(path) as file:
+        with _written(path) as file:
             FILES[format](counted, file)
     elif format in FOLDERS:
         with atomic_folder(path, OWNED[format]) as folder:
@@ -81,25 +80,15 @@ def write_examples(
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that takes its place when the block ends without an error."""
+def _written(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when the block ends well, packed if `path` ends in .gz."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    new = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as raw:
-            if path.name.endswith(".gz"):
-                with gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as packed:
-                    yield packed
-            else:
-                yield raw
-        # mkstemp makes a private file; the one that stays gets the permissions that open would have given
-        umask = os.umask(0)
-        os.umask(umask)
-        new.chmod(0o666 & ~umask)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    with atomic_file(path) as raw:
+        if path.name.endswith(".gz"):
+            with gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as packed:
+                yield packed
+        else:
+            yield raw
 
 
 class _Counted:

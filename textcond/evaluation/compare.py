@@ -14,6 +14,8 @@ from textcond.encoder import TextEncoder
 from .retrieval import METRICS, RetrievalTask, Scores, evaluate_retrieval
 
 RESAMPLES = 2000
+# How well a pipeline draws under the encoder; the task and the metric of it.
+GENERATION = "generation"
 
 
 @dataclass
@@ -49,7 +51,11 @@ def paired_bootstrap(
         raise ValueError("a paired bootstrap needs both encoders' values of the same queries, and at least one query")
     differences = np.array([values[query] - base[query] for query in sorted(values)])
     generator = np.random.default_rng(seed)
-    means = [differences[generator.integers(len(differences), size=len(differences))].mean() for _ in range(resamples)]
+    means = []
+    # Many draws at once, but never more than some megabytes of them.
+    for start in range(0, resamples, chunk := max(1, 1_000_000 // len(differences))):
+        size = (min(chunk, resamples - start), len(differences))
+        means.extend(differences[generator.integers(len(differences), size=size)].mean(axis=1))
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Difference(float(differences.mean()), float(low), float(high))
@@ -66,6 +72,10 @@ class Comparison:
         """Name of the untouched base model."""
         return next(iter(self.scores))
 
+    def metrics(self) -> list[str]:
+        """Names of the metrics by which some task is scored."""
+        return list(dict.fromkeys(metric for task in self.scores[self.base].values() for metric in task.per_query))
+
     def difference(self, encoder: str, task: str, metric: str = METRICS[0], *, seed: int = 0) -> Difference:
         """Return an encoder's difference to the base model on a task."""
         # a seed of the task and metric: intervals of unlike rows do not share their luck
@@ -79,9 +89,9 @@ class Comparison:
     def markdown(self, metric: str = METRICS[0], *, seed: int = 0) -> str:
         """Return a Markdown table of a metric in percent, with 95% intervals of differences to the base model.
 
-        A difference in bold is one whose interval leaves out 0.
+        A difference in bold is one whose interval leaves out 0. Tasks without the metric are left out.
         """
-        tasks = list(self.scores[self.base])
+        tasks = [task for task, scores in self.scores[self.base].items() if metric in scores.per_query]
         lines = [f"| {metric} x 100 | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
         for encoder, by_task in self.scores.items():
             cells = []
@@ -123,7 +133,7 @@ def compare(
     if not encoders or not tasks:
         raise ValueError("comparing needs at least one encoder and one task")
     if not isinstance(encoders, Mapping):
-        names = _short_names(encoders)
+        names = short_names(encoders)
         encoders = {name: (lambda path=path: TextEncoder.from_pretrained(path)) for name, path in zip(names, encoders)}
     loaded = [task if isinstance(task, RetrievalTask) else RetrievalTask.load(task, split) for task in tasks]
     if len({task.name for task in loaded}) < len(loaded):
@@ -138,7 +148,7 @@ def compare(
     return Comparison(scores)
 
 
-def _short_names(encoders: Sequence[str | Path]) -> list[str]:
+def short_names(encoders: Sequence[str | Path]) -> list[str]:
     """Return the last parts of paths, as many as it takes to tell them apart."""
     parts = [Path(encoder).parts for encoder in encoders]
     if len(set(parts)) < len(parts):

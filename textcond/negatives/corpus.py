@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from textcond.data.text_table import TextTable
-
-from .words import text_key
+from textcond.duplicates import text_key
 
 
 class Corpus:
@@ -33,9 +32,9 @@ class Corpus:
     def __init__(self, source: Sequence[str] | Mapping[str, str] | str | Path):
         if isinstance(source, (str, Path)):
             path = Path(source).expanduser()
-            rows = _Rows(TextTable(path / "corpus.jsonl" if (path / "corpus.jsonl").exists() else path))
-            self.texts: Sequence[str] = rows
-            self._ids: Sequence[str] | None = _Ids(rows)
+            rows = TextTable(path / "corpus.jsonl" if (path / "corpus.jsonl").exists() else path).rows()
+            self.texts: Sequence[str] = _Column(rows, 1)
+            self._ids: Sequence[str] | None = _Column(rows, 0)
         elif isinstance(source, Mapping):
             self.texts, self._ids = list(source.values()), list(source)
         else:
@@ -105,31 +104,14 @@ def _look_up(table: tuple[np.ndarray, np.ndarray], key: int) -> list[int]:
     return order[first:last].tolist()
 
 
-class _Rows(Sequence[str]):
-    """The texts of a table on disk by row, in the order of the file."""
+class _Column(Sequence[str]):
+    """The ids (0) or the texts (1) of the rows of a table."""
 
-    def __init__(self, table: TextTable):
-        self.table = table
-        self._offsets = np.sort(table._offsets)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitem__(self, row: int) -> str:
-        return self.table._row(self._offsets[row])[1]
-
-    def __iter__(self) -> Iterator[str]:
-        return (text for _, text in self.table.items())
-
-
-class _Ids(Sequence[str]):
-    """The ids of the same rows."""
-
-    def __init__(self, rows: _Rows):
-        self._rows = rows
+    def __init__(self, rows: Sequence[tuple[str, str]], place: int):
+        self._rows, self._place = rows, place
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> str:
-        return self._rows.table._row(self._rows._offsets[row])[0]
+        return self._rows[row][self._place]

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from textcond.encoder import TextEncoder
+from textcond.files import write_mark
 
 BLOCK = 16_384  # texts between two notes of how far the encoding got
 
@@ -59,9 +60,7 @@ def _encode_into(path: Path, encoder: TextEncoder, texts: Sequence[str], kind: s
             vectors[done : done + len(block)] = encoder.encode(block, kind=kind)
             vectors.flush()
             done += len(block)
-            new = note.with_suffix(".rows-new")
-            new.write_text(str(done))
-            os.replace(new, note)
+            write_mark(note, done)
             progress.update(len(block))
     del vectors
     os.replace(partial, path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .words import text_key
+from textcond.duplicates import text_key
 
 if TYPE_CHECKING:
     from textcond.data import Example

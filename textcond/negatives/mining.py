@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm.auto import tqdm
 
+from textcond.duplicates import jaccard, normalised, shingles, text_key
+
 from .corpus import Corpus
 from .known import KnownPositives
 from .options import MiningOptions, MiningReport
 from .sources import BM25, Dense, ScoringSource, Source
 from .teachers import Teacher, score_pairs
-from .words import jaccard, shingles, text_key
 
 if TYPE_CHECKING:
     from textcond.data import Example
@@ -264,7 +265,7 @@ class _Chosen:
         self.rows: list[int] = []
         self._tried: set[int] = set()
         self._keys: set[int] = set()
-        self._shingles = [] if self.threshold is None else [shingles(t) for t in (example.query, *example.positives)]
+        self._shingles = [] if self.threshold is None else [_shingles(t) for t in (example.query, *example.positives)]
 
     def take(self, pool: Iterator[int]) -> bool:
         """Choose the next row that is unlike all others; False if there is none."""
@@ -279,7 +280,7 @@ class _Chosen:
             self.report.duplicates += 1
             return False
         if self.threshold is not None:
-            own = shingles(self.corpus.texts[row])
+            own = _shingles(self.corpus.texts[row])
             if any(jaccard(own, other) >= self.threshold for other in self._shingles):
                 self.report.duplicates += 1
                 return False
@@ -287,3 +288,7 @@ class _Chosen:
         self._keys.add(key)
         self.rows.append(row)
         return True
+
+
+def _shingles(text: str) -> frozenset[str]:
+    return shingles(normalised(text))

@@ -12,7 +12,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from textcond.folders import read_json, write_json
+from textcond.files import write_mark
+from textcond.folders import read_json
 
 from .corpus import Corpus
 from .known import KnownPositives
@@ -94,9 +95,7 @@ def mine_file(
                 os.fsync(file.fileno())
                 done += len(block)
                 state = {"settings": settings, "done": done, "size": file.tell(), "report": report.to_dict()}
-                new = note.with_suffix(".json-new")
-                write_json(new, state)
-                os.replace(new, note)
+                write_mark(note, state)
                 progress.update(len(block))
     write_examples(read_examples(partial, format="flagembedding"), output, format=output_format, **(writer or {}))
     note.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from textcond.data.run import Run
 from textcond.encoder import TextEncoder
 
 from .corpus import Corpus
@@ -148,36 +148,17 @@ class Dense(ScoringSource):
 
 
 class RunFile(Source):
-    """The documents of a run, in the order of its ranks, for queries with a `query_id`.
+    """The documents of a run (`textcond.data.run.Run`) in the order of its ranks, for queries with a `query_id`.
 
-    Lines are those of TREC (`qid Q0 docid rank score tag`) or MS MARCO (`qid docid rank`), in any order of queries; the
-    ids are those of the corpus. Only places of lines are held: a few hundred bytes a query.
+    The ids are those of the corpus.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a line of neither shape, by number.
+        ValueError: for a malformed line, by file and line.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
-        if not self.path.exists():
-            raise FileNotFoundError(f"no run file {self.path}: check the path")
-        digest = hashlib.sha256()
-        # where stretches of lines of one query start and end
-        self._stretches: dict[str, list[list[int]]] = {}
-        start, last = 0, None
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                digest.update(line)
-                if line.strip():
-                    query = self._parse(line, number)[0]
-                    if query == last:
-                        self._stretches[query][-1][1] = start + len(line)
-                    else:
-                        self._stretches.setdefault(query, []).append([start, start + len(line)])
-                    last = query
-                start += len(line)
-        self._hash = digest.hexdigest()
+        self._run = Run(path)
 
     def candidates(
         self, examples: Sequence[Example], count: int, generators: Sequence[np.random.Generator]
@@ -191,35 +172,19 @@ class RunFile(Source):
 
     def describe(self) -> dict[str, Any]:
         """Return the file's hash besides the name."""
-        return super().describe() | {"sha256": self._hash}
+        return super().describe() | {"sha256": self._run.digest}
 
     def _ranked(self, example: Example) -> np.ndarray:
         if example.query_id is None:
             raise ValueError(f"the query {example.query!r:.80} has no query_id, by which a run file names it")
-        found = []
-        with open(self.path, "rb") as file:
-            for start, end in self._stretches.get(example.query_id, []):
-                file.seek(start)
-                found += [self._parse(line, 0)[1:] for line in file.read(end - start).splitlines() if line.strip()]
-        found.sort(key=lambda entry: entry[1])
-        rows = [self.corpus.row_of_id(document) for document, _ in found]
+        found = list(self._run.documents(example.query_id))
+        rows = [self.corpus.row_of_id(document) for document in found]
         if rows and all(row is None for row in rows):
             raise ValueError(
-                f"{self.path}: the corpus has none of the documents of query {example.query_id} "
-                f"({found[0][0]!r}, ...): give the corpus that the run was made on"
+                f"{self._run.path}: the corpus has none of the documents of query {example.query_id} "
+                f"({found[0]!r}, ...): give the corpus that the run was made on"
             )
         return _distinct(np.array([-1 if row is None else row for row in rows], np.int64))
-
-    def _parse(self, line: bytes, number: int) -> tuple[str, str, int]:
-        columns = line.decode("utf-8").split()
-        try:
-            query, document, rank = (columns[0], columns[2], columns[3]) if len(columns) == 6 else columns
-            return query, document, int(rank)
-        except ValueError:
-            raise ValueError(
-                f"{self.path}, line {number}: {line.decode()!r:.80} is neither `qid Q0 docid rank score tag` "
-                "nor `qid docid rank`"
-            ) from None
 
 
 def build_sources(

@@ -1,12 +1,13 @@
-"""Words for lexical search in any script, and what makes two texts the same."""
+"""Words for lexical search in any script."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 import unicodedata
 from functools import lru_cache
+
+from textcond.duplicates import normalised
 
 # Scripts that are written without spaces between words: Han, kana, Thai, Lao, Myanmar, Khmer.
 UNSPACED = (
@@ -15,16 +16,6 @@ UNSPACED = (
     "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ecf\u0edc-\u0edf"  # Thai, Lao
     "\u1000-\u103f\u1050-\u108f\ua9e0-\ua9ef\uaa60-\uaa7f\u1780-\u17d3\u17d7\u17dc-\u17dd"  # Myanmar, Khmer
 )
-
-
-def normalised(text: str) -> str:
-    """Return a text as comparisons see it: Unicode NFKC, case folded, white space collapsed."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def text_key(text: str) -> int:
-    """Return a 64-bit hash, equal for texts that are the same after normalising."""
-    return int.from_bytes(hashlib.blake2b(normalised(text).encode(), digest_size=8).digest(), "little")
 
 
 def words(text: str) -> list[str]:
@@ -43,18 +34,6 @@ def words(text: str) -> list[str]:
         else:
             terms.append(run)
     return terms
-
-
-def shingles(text: str, size: int = 5) -> frozenset[str]:
-    """Return the character shingles of a normalised text: all substrings of `size`, or a shorter text whole."""
-    text = normalised(text)
-    return frozenset(text[index : index + size] for index in range(max(1, len(text) - size + 1)))
-
-
-def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
-    """Return the share of shingles that two texts have in common, from 0 to 1."""
-    shared = len(first & second)
-    return shared / (len(first) + len(second) - shared)
 
 
 @lru_cache(maxsize=1)

@@ -13,12 +13,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from textcond.data import Example, write_examples
+from textcond.duplicates import DistinctTexts, without_punctuation
 from textcond.folders import write_json
 from textcond.synthesis.backends import Backend, Reply
 from textcond.synthesis.journal import Journal
 from textcond.synthesis.prompts import KINDS, TASKS_A_REPLY, Task, tasks_prompt, triple_prompt, wording
 from textcond.synthesis.requests import Request, Requests
-from textcond.synthesis.validation import Seen, Unusable, check_tasks, check_triple, normalised
+from textcond.synthesis.validation import Unusable, check_tasks, check_triple
 
 # this many useless replies in a row say that more money would be wasted
 USELESS_IN_A_ROW = 50
@@ -131,7 +132,7 @@ def synthesize(
 
 def _brainstorm(requests: Requests, count: int, kinds: Sequence[str], seed: int, rejected: Counter[str]) -> list[Task]:
     """Return `count` tasks, as many of each kind as of any other but one, in turns of the kinds."""
-    seen = Seen()
+    seen = DistinctTexts()
     by_kind: list[list[Task]] = []
     for place, kind in enumerate(kinds):
         share = count // len(kinds) + (place < count % len(kinds))
@@ -174,7 +175,7 @@ def _write(
 ) -> list[Example]:
     """Return `count` examples, the tasks in turns."""
     examples: list[Example] = []
-    queries, long_positives = Seen(), set()
+    queries, long_positives = DistinctTexts(), set()
     task_of: dict[str, Task] = {}
 
     def prompts() -> Iterator[Request]:
@@ -189,11 +190,11 @@ def _write(
         task = task_of.pop(request.name)
         query, positive, negative = check_triple(reply, task)
         # a label is the positive of many texts, a passage that comes twice is a model that repeats itself
-        if task.kind.endswith("long") and normalised(positive) in long_positives:
+        if task.kind.endswith("long") and without_punctuation(positive) in long_positives:
             raise Unusable("duplicate positive")
         if not queries.add(query):
             raise Unusable("duplicate query")
-        long_positives.add(normalised(positive))
+        long_positives.add(without_punctuation(positive))
         examples.append(Example(query, [positive], [negative], prompt=task.instruction, source=task.kind))
 
     _collect("triples", requests, prompts(), take, lambda: count - len(examples), rejected)

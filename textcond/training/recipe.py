@@ -20,7 +20,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+WITHOUT_EFFECT = ("save_every", "tensorboard")  # what a resumed run may do otherwise, to the same weights
 SHIPPED = Path(__file__).parent / "recipes"
+ERRORS = ("raise", "skip")
+DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -28,6 +31,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 class Data:
     """A data set: anything that `textcond.data.read_examples` reads, and how often it gives a batch.
 
+    - `on_error`: "raise" at the first malformed row, or "skip" such rows and say how many there were.
     - `prompt_template`: what an example's own prompt is put into; of bare instructions, as `textcond synthesize` writes
       them, `"Instruct: {prompt}\\nQuery: "`.
     """
@@ -35,8 +39,15 @@ class Data:
     path: str
     format: str = "auto"
     weight: float | None = None
+    on_error: str = "raise"
     prompt_template: str = "{prompt}"
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.on_error not in ERRORS:
+            raise ValueError(f"data {self.path}: on_error is {self.on_error!r}: use {' or '.join(ERRORS)}")
+        if "on_error" in self.options:
+            raise ValueError(f"data {self.path} has on_error among its options: put it beside path")
 
 
 @dataclass
@@ -64,12 +75,21 @@ class Mining:
 
 @dataclass
 class Lora:
-    """A low-rank adapter of the backbone (Hu et al., 2021), made by peft and merged when the encoder is saved."""
+    """A low-rank adapter of the backbone (Hu et al., 2021), made by peft and merged when the encoder is saved.
+
+    - `dtype`: of the frozen backbone, "float32" or "bfloat16", which takes half the memory; the adapter is float32
+      and so is what is saved, since the sum rounded to bfloat16 would lose most of a small change.
+    """
 
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"lora, dtype is {self.dtype!r}: use {' or '.join(DTYPES)}")
 
 
 @dataclass
@@ -77,11 +97,14 @@ class Evaluation:
     """BEIR folders on which the encoder is scored, and what is kept.
 
     - `every`: steps between scores; 0 for the end of a stage only.
-    - `metric`: its mean over the tasks decides which encoder is kept.
+    - `generation`: also score the encoder as what conditions a pipeline; options of
+      `textcond.pipelines.generation_score`.
+    - `metric`: its mean over the tasks decides which encoder is kept; "generation" for that score.
     - `patience`: scores in a row without a better one that end a stage; None for never.
     """
 
     tasks: list[str] = field(default_factory=list)
+    generation: dict[str, Any] | None = None
     every: int = 0
     metric: str = "nDCG@10"
     patience: int | None = None
@@ -93,8 +116,10 @@ class Stage:
 
     - `mining`: find the negatives of every data set first.
     - `loss`: a table, or several that are summed, see `textcond.losses.build_loss`.
-    - `batch_size`: queries of a joint batch, over all processes; or `batch_tokens`, grouped by length.
+    - `batch_size`: queries of a joint batch, over all processes; or `batch_tokens`: tokens that a step encodes
+      at most, of examples of like length: query, longest positive and as many of the longest negatives as are drawn.
     - `mini_batch`: texts that are in memory with their graph at a time (GradCache); None for all of a process.
+    - `max_length`: tokens that are kept of a text while this stage trains; None for as many as the encoder keeps.
     - `negatives`: explicit negatives an example, drawn anew each time; fewer where an example has fewer.
     - `loss_learning_rate`: of a learned temperature, whose logarithm moves by about this much a step.
     - `warmup`: share of the steps in which the learning rate rises.
@@ -109,6 +134,7 @@ class Stage:
     batch_size: int | None = None
     batch_tokens: int | None = None
     mini_batch: int | None = None
+    max_length: int | None = None
     negatives: int = 0
     learning_rate: float = 2e-5
     loss_learning_rate: float = 1e-3
@@ -124,8 +150,9 @@ class Stage:
             raise ValueError(f"stage {self.name!r}: give batch_size or batch_tokens, one of them")
         if self.steps < 1 or self.negatives < 0 or not 0 <= self.warmup <= 1:
             raise ValueError(f"stage {self.name!r}: steps from 1, negatives from 0, warmup a share from 0 to 1")
-        if self.mini_batch is not None and self.mini_batch < 1:
-            raise ValueError(f"stage {self.name!r}: mini_batch={self.mini_batch}: give at least 1")
+        for option in ("mini_batch", "max_length"):
+            if (value := getattr(self, option)) is not None and value < 1:
+                raise ValueError(f"stage {self.name!r}: {option}={value}: give at least 1")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"stage {self.name!r}: schedule {self.schedule!r}: use one of {', '.join(SCHEDULES)}")
         if not self.data:
@@ -256,8 +283,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return "key: was, is" for every value that differs."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    """Return "key: was, is" for every value that differs, but for those that do not change what is trained."""
+    old, new = ({key: value for key, value in _flat(values) if key not in WITHOUT_EFFECT} for values in (before, now))
     return [
         f"{key}: was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
         for key in dict.fromkeys([*old, *new])

@@ -254,17 +254,24 @@ def gather(features: Features, counts: Sequence[int], accelerator: Accelerator) 
 
 
 def sum_gradients(module: nn.Module, accelerator: Accelerator) -> None:
-    """Sum the gradients of a module over processes, in one transfer; a parameter without one on a process counts 0."""
+    """Sum the gradients of a module over processes, in one transfer.
+
+    A parameter without one on a process counts 0; without one on any it keeps none, so that no weight decay moves it.
+    """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    known = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=accelerator.device)
     flat = torch.cat(
         [
-            (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten().float()
-            for parameter in parameters
+            known,
+            *(
+                (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten().float()
+                for parameter in parameters
+            ),
         ]
     )
-    flat = accelerator.reduce(flat, "sum")
-    for parameter, gradient in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
-        parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+    known, *gradients = accelerator.reduce(flat, "sum").split([len(known), *(part.numel() for part in parameters)])
+    for parameter, gradient, count in zip(parameters, gradients, known.tolist()):
+        parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
 
 
 def _in_order(parts: Sequence[Features], side: Sequence[Chunk]) -> Features:

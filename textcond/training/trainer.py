@@ -7,10 +7,15 @@ import hashlib
 import json
 import logging
 import math
+import os
+import shutil
 import signal
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,8 +27,8 @@ from tqdm.auto import tqdm
 
 from textcond.data import BatchSampler, Example, ExampleFile, as_example_file
 from textcond.encoder import TextEncoder
-from textcond.evaluation import Comparison, RetrievalTask, Scores, evaluate_retrieval
-from textcond.files import read_tensors, write_mark, write_tensors
+from textcond.evaluation import GENERATION, Comparison, RetrievalTask, Scores, evaluate_retrieval
+from textcond.files import read_tensors, remove_partials, write_mark, write_tensors
 from textcond.folders import read_json
 from textcond.losses import build_loss
 from textcond.negatives import CrossEncoderTeacher, EncoderTeacher, MiningOptions, build_sources, mine_file
@@ -37,26 +42,39 @@ logger = logging.getLogger(__name__)
 PROBED_ROWS = 100  # of each data set, for teacher scores
 
 
-def train(recipe: Recipe, out: str | Path) -> Path:
+# How well a pipeline draws under an encoder: a score for each of some prompts, by its text; higher is better.
+Generation = Callable[[TextEncoder], dict[str, float]]
+
+
+def train(recipe: Recipe, out: str | Path, generation: Generation | None = None) -> Path:
     """Train by a recipe in a working folder, and return the encoder's folder, `out/encoder`.
 
-    `out` holds `recipe.json`, `checkpoint/`, `log.jsonl`, and, with evaluation tasks, `best/`. The
-    same call goes on from the checkpoint, on CPU to the same weights bit for bit. Under `accelerate launch` or
-    `torchrun` every process calls it alike.
+    `out` holds `recipe.json`, `log.jsonl` and `checkpoint/`, with evaluation tasks the best encoder so far in it.
+    The same call goes on from the checkpoint, on CPU to the same weights bit for bit; `save_every` and `tensorboard`
+    may change. Under `accelerate launch` or `torchrun` every process calls it alike. Outside of the main thread, where
+    Python hears no signals, nothing but a lost process interrupts it.
+
+    Args:
+        generation: scores the encoder as what conditions a pipeline, where `recipe.evaluation.generation` asks for it:
+            `textcond.pipelines.generation_score` makes one.
 
     Raises:
-        ValueError: if `out` was begun with another recipe; it says what changed.
+        ValueError: if `out` was begun with another recipe or other data; it says what changed.
         FloatingPointError: if the loss or its gradient is not finite; it names the batch, the last checkpoint stays.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when the state of the last whole step is on disk.
     """
-    return Trainer(recipe, Path(out).expanduser()).train()
+    return Trainer(recipe, Path(out).expanduser(), generation).train()
 
 
 class Trainer:
     """The state of a training; see `train`."""
 
-    def __init__(self, recipe: Recipe, out: Path):
-        self.recipe, self.out = recipe, out
+    def __init__(self, recipe: Recipe, out: Path, generation: Generation | None = None):
+        self.recipe, self.out, self.generation = recipe, out, generation
+        if (generation is None) != (recipe.evaluation.generation is None):
+            raise ValueError(
+                "the recipe's evaluation.generation and the argument generation go together: give both or neither"
+            )
         trackers = {"log_with": "tensorboard", "project_dir": out} if recipe.tensorboard else {}
         cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
         self.accelerator = Accelerator(cpu=cpu, **trackers)
@@ -66,15 +84,29 @@ class Trainer:
         self.tasks = [RetrievalTask.load(task) for task in recipe.evaluation.tasks]
         torch.manual_seed(recipe.seed)  # new heads and adapters
         self.encoder = _load(recipe).to(self.accelerator.device)
+        special = self.encoder.tokenizer.num_special_tokens_to_add()
+        for stage in recipe.stages:
+            if stage.max_length is not None and stage.max_length <= special:
+                raise ValueError(
+                    f"stage {stage.name!r}: max_length={stage.max_length} leaves no room for a text beside {special} "
+                    "special tokens: raise it"
+                )
         self.scores: dict[str, dict[str, Any]] = {}
         self.stage, self.step, self.best, self.stale = 0, 0, -math.inf, 0
+        self.kept: str | None = None  # the best encoder so far, in checkpoint/
         self.interrupted = False
         self.short: set[int] = set()
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoint."""
+        return self.out / "checkpoint"
 
     def train(self) -> Path:
         """Run what is left of the stages, and write the encoder with its card."""
         checkpoint = self._read_checkpoint()
-        if self.tasks and "base" not in self.scores:
+        self._cut_log(0 if checkpoint is None else checkpoint[0]["log"])
+        if self._evaluates and "base" not in self.scores:
             self._evaluate("base")
         with self._signals():
             while self.stage < len(self.recipe.stages):
@@ -83,8 +115,7 @@ class Trainer:
                 self.stage, self.step, self.stale = self.stage + 1, 0, 0
         final = self.out / "encoder"
         if self.accelerator.is_main_process:
-            best = self.out / "best"
-            encoder = TextEncoder.from_pretrained(best) if best.is_dir() else self._merged()
+            encoder = self._merged() if self.kept is None else TextEncoder.from_pretrained(self.folder / self.kept)
             encoder.save_pretrained(final)
             comparison = self._comparison()
             (final / "README.md").write_text(model_card(self.recipe, comparison), encoding="utf-8")
@@ -99,7 +130,7 @@ class Trainer:
             weights=_weights(stage, datasets),
             batch_size=stage.batch_size,
             batch_tokens=stage.batch_tokens,
-            length=self._length if stage.batch_tokens else None,
+            length=partial(self._length, stage) if stage.batch_tokens else None,
             seed=self.recipe.seed + self.stage,
         )
         scored = _scored(datasets.values())
@@ -131,16 +162,17 @@ class Trainer:
                 torch.manual_seed(self._seed() + 1 + self.accelerator.process_index)  # dropout
                 where = f"stage {self.stage} ({name}), step {self.step}, rows {rows} of {source}"
                 try:
-                    value = backward(
-                        self.encoder,
-                        loss,
-                        batch,
-                        self.accelerator,
-                        mini_batch=stage.mini_batch,
-                        teacher=teacher,
-                        guide=guide,
-                        bf16=self.recipe.mixed_precision == "bf16",
-                    )
+                    with self._configured(stage):
+                        value = backward(
+                            self.encoder,
+                            loss,
+                            batch,
+                            self.accelerator,
+                            mini_batch=stage.mini_batch,
+                            teacher=teacher,
+                            guide=guide,
+                            bf16=self.recipe.mixed_precision == "bf16",
+                        )
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{where}: {error}; lower the learning rate or mend the rows") from error
                 norm = torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), stage.max_grad_norm)
@@ -157,12 +189,13 @@ class Trainer:
                 bar.set_postfix(loss=f"{value:.4f}", refresh=False)
                 self._log(loss=value, learning_rate=rate, data=source)
                 every = self.recipe.evaluation.every
-                if self.tasks and ((every and self.step % every == 0) or self.step == stage.steps):
-                    self._evaluate(f"{name}, step {self.step}")
+                better = False
+                if self._evaluates and ((every and self.step % every == 0) or self.step == stage.steps):
+                    better = self._evaluate(f"{name}, step {self.step}")
                 interrupted = self._any_interrupted()
                 due = time.monotonic() - saved_at > self.recipe.save_every
                 last = self.step == stage.steps or self._patience_spent()
-                if due or last or interrupted:
+                if better or due or last or interrupted:
                     self._save_checkpoint(sampler, trained, optimizer)
                     saved_at = time.monotonic()
                 if interrupted:
@@ -180,7 +213,9 @@ class Trainer:
                 if str(path) in datasets:
                     raise ValueError(f"stage {stage.name!r} has the data {path} twice: raise its weight instead")
                 if stage.mining is None:
-                    datasets[str(path)] = as_example_file(path, data.format, self.out / "data", **data.options)
+                    datasets[str(path)] = as_example_file(
+                        path, data.format, self.out / "data", on_error=data.on_error, **data.options
+                    )
                 else:
                     datasets[str(path)] = self._mined(stage.mining, data)
         return datasets
@@ -206,16 +241,43 @@ class Trainer:
                 teacher=score,
                 teacher_name=mining.teacher or mining.cross_encoder,
                 format=data.format,
-                reader=data.options,
+                reader={"on_error": data.on_error, **data.options},
                 show_progress_bar=True,
             )
             logger.info("mined %s: %s", path, report.to_dict())
         return ExampleFile(path)
 
-    def _length(self, example: Example) -> int:
-        """Tokens of an example as BatchSampler counts them: its longest text."""
-        longest = max([example.query, *example.positives, *example.negatives], key=len)
-        return len(self.encoder.tokenize([longest])["input_ids"][0])
+    def _length(self, stage: Stage, example: Example) -> int:
+        """Tokens that a step encodes of an example, whichever of its texts are drawn.
+
+        Which texts are longest is told by their characters: to tokenize every negative would take longer than it saves.
+        """
+        negatives = sorted(example.negatives, key=len, reverse=True)[: stage.negatives]
+        documents = [max(example.positives, key=len), *negatives]
+        own = {}
+        if example.prompt is not None:
+            own["query"] = max(
+                (data.prompt_template.replace("{prompt}", example.prompt) for data in stage.data), key=len
+            )
+        with self._configured(stage, own):
+            inputs = [self.encoder.tokenize([example.query], kind="query")]
+            inputs.append(self.encoder.tokenize(documents, kind="document"))
+        return sum(int(side.get("attention_mask", torch.ones_like(side["input_ids"])).sum()) for side in inputs)
+
+    @contextmanager
+    def _configured(self, stage: Stage, prompts: dict[str, str] | None = None) -> Iterator[None]:
+        """Let the encoder keep only a stage's `max_length` of texts for a while, and read them after other prompts.
+
+        Only what a step encodes is cut so: what is evaluated and saved keeps the encoder's length.
+        """
+        own = self.encoder.config
+        self.encoder.config = replace(
+            own, max_length=stage.max_length or own.max_length, prompts={**own.prompts, **(prompts or {})}
+        )
+        try:
+            yield
+        finally:
+            self.encoder.config = own
 
     def _count_short(self, batch: TextBatch, negatives: int, rows: int) -> None:
         if len(batch.documents) < rows * (1 + negatives) and self.stage not in self.short:
@@ -242,27 +304,43 @@ class Trainer:
             return self.encoder
         merged = copy.copy(self.encoder)
         merged._modules = dict(self.encoder._modules)
-        merged.backbone = copy.deepcopy(self.encoder.backbone).merge_and_unload()
+        merged.backbone = copy.deepcopy(self.encoder.backbone).float().merge_and_unload()
         return merged
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, name: str) -> None:
-        """Score the encoder; every process does, so that all decide alike."""
+    def _evaluate(self, name: str) -> bool:
+        """Score the encoder and return whether it is the best so far; every process does, so that all decide alike.
+
+        The best is written to a folder of its own: the older one stays until a checkpoint names the new one.
+        """
         self.encoder.eval()
         scores = {task.name: evaluate_retrieval(self.encoder, task) for task in self.tasks}
         self.scores[name] = {task: score.per_query for task, score in scores.items()}
+        if self.generation is not None:
+            # A pad token or a bridge must not find their way into what is trained.
+            drawn = self.generation(copy.deepcopy(self._merged()))
+            scores[GENERATION] = Scores(GENERATION, {GENERATION: drawn})
+            self.scores[name][GENERATION] = scores[GENERATION].per_query
         metric = self.recipe.evaluation.metric
-        value = sum(score.mean(metric) for score in scores.values()) / len(scores)
+        values = [score.mean(metric) for score in scores.values() if metric in score.per_query]
+        if not values:
+            raise ValueError(f"evaluation.metric={metric!r}: no task is scored by it")
+        value = sum(values) / len(values)
         self._log(**{metric: value})
         if name == "base":
-            return
-        if value > self.best:
-            self.best, self.stale = value, 0
-            if self.accelerator.is_main_process:
-                self._merged().save_pretrained(self.out / "best")
-        else:
+            return False
+        if value <= self.best:
             self.stale += 1
+            return False
+        self.best, self.stale, self.kept = value, 0, f"best-{self.stage}-{self.step}"
+        if self.accelerator.is_main_process:
+            self._merged().save_pretrained(self.folder / self.kept)
+        return True
+
+    @property
+    def _evaluates(self) -> bool:
+        return bool(self.tasks) or self.generation is not None
 
     def _patience_spent(self) -> bool:
         patience = self.recipe.evaluation.patience
@@ -279,13 +357,13 @@ class Trainer:
     def _claim(self) -> None:
         """Write the recipe into a new folder; refuse a folder that was begun with another."""
         file, now = self.out / "recipe.json", self.recipe.to_dict()
-        if file.is_file():
-            if different := changes(read_json(file), now):
-                raise ValueError(
-                    f"{self.out} was begun with another recipe ({'; '.join(different)}): "
-                    "resume with the same, or choose another folder"
-                )
-        elif self.accelerator.is_main_process:
+        if file.is_file() and (different := changes(read_json(file), now)):
+            raise ValueError(
+                f"{self.out} was begun with another recipe ({'; '.join(different)}): "
+                "resume with the same, or choose another folder"
+            )
+        self.accelerator.wait_for_everyone()  # all have read it
+        if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             write_mark(file, now)
         self.accelerator.wait_for_everyone()
@@ -296,7 +374,7 @@ class Trainer:
         """Write one safetensors file, then the mark that names it: a kill in between leaves the older pair whole."""
         if not self.accelerator.is_main_process:
             return
-        folder = self.out / "checkpoint"
+        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"parameter.{name}": parameter for name, parameter in trained.items()}
         for name, parameter in trained.items():
@@ -309,23 +387,30 @@ class Trainer:
             "stage": self.stage,
             "step": self.step,
             "best": None if math.isinf(self.best) else self.best,
+            "kept": self.kept,
+            "log": (self.out / "log.jsonl").stat().st_size,
             "stale": self.stale,
             "scores": self.scores,
             "sampler": sampler.state_dict(),
         }
         write_mark(folder / "mark.json", mark)
+        remove_partials(folder)
         for old in folder.glob("state-*.safetensors"):
             if old.name != file:
                 old.unlink()
+        for old in folder.glob("best-*"):
+            if old.name != self.kept:
+                shutil.rmtree(old)
 
     def _read_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        mark_file = self.out / "checkpoint" / "mark.json"
+        mark_file = self.folder / "mark.json"
         if not mark_file.is_file():
             return None
         mark = read_json(mark_file)
         tensors = read_tensors(mark_file.parent / mark["file"])
         self.stage, self.step, self.scores, self.stale = mark["stage"], mark["step"], mark["scores"], mark["stale"]
         self.best = -math.inf if mark["best"] is None else mark["best"]
+        self.kept = mark["kept"]
         return mark, tensors
 
     @contextmanager
@@ -337,6 +422,9 @@ class Trainer:
                 raise KeyboardInterrupt
             self.interrupted = True
 
+        if threading.current_thread() is not threading.main_thread():  # Python hears signals there alone
+            yield
+            return
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -348,6 +436,12 @@ class Trainer:
         """Whether a process was asked to stop: all stop after the same step, or the others would wait for it."""
         asked = torch.tensor(float(self.interrupted), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)
+
+    def _cut_log(self, size: int) -> None:
+        """Drop the lines of steps that a killed run took after its checkpoint: they come again."""
+        file = self.out / "log.jsonl"
+        if self.accelerator.is_main_process and file.is_file():
+            os.truncate(file, min(size, file.stat().st_size))
 
     def _log(self, **figures: Any) -> None:
         if not self.accelerator.is_main_process:
@@ -379,6 +473,7 @@ def _load(recipe: Recipe) -> TextEncoder:
         normalize=recipe.normalize,
         prompts=recipe.prompts,
         max_length=recipe.max_length,
+        dtype=getattr(torch, recipe.lora.dtype) if recipe.lora else torch.float32,
     )
     if recipe.lora:
         from peft import LoraConfig, get_peft_model
@@ -394,6 +489,9 @@ def _load(recipe: Recipe) -> TextEncoder:
         )
     if recipe.heads:
         encoder.add_heads(sparse="sparse" in recipe.heads, tokens="tokens" in recipe.heads)
+    for parameter in encoder.parameters():
+        if parameter.requires_grad:  # a step of AdamW is mostly smaller than what bfloat16 can tell apart
+            parameter.data = parameter.data.float()
     return encoder
 
 

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from textcond.pipelines.reference.loop import fit, share, step_generator, warmup_stable_decay
-from textcond.pipelines.reference.optimizers import MuonAdamW
+from textcond.pipelines.loop import fit, share, step_generator, warmup_stable_decay
+from textcond.pipelines.optimizers import MuonAdamW
 
 BATCH, STEPS = 8, 12
 

@@ -24,7 +24,7 @@ class MuonAdamW:
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if parameter.ndim < 2 or "embedding" in name:
+            if parameter.ndim < 2 or "embedding" in name or "queries" in name:
                 rest.append(parameter)
                 continue
             flat = nn.Parameter(parameter.detach().contiguous().view(parameter.shape[0], -1))

@@ -1,0 +1,456 @@
+"""Train an encoder so that a frozen denoiser behaves under it as under its own, from prompts alone."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from textcond import ConditioningEncoder, TextEncoder
+from textcond.files import read_tensors, write_mark, write_tensors
+from textcond.folders import read_json
+from textcond.pipelines.denoisers import TimestepAwareUNet
+from textcond.pipelines.families import Conditioning, condition, denoiser_of
+from textcond.pipelines.loop import Validation, fit, share, step_generator
+from textcond.pipelines.swap import CONNECTOR, make_encoder, swap_text_encoder
+from textcond.pipelines.trajectories import replay
+
+from .attention import AttentionProbe
+from .closed_form import fit_last_layer
+from .losses import contrast, regression, statistics
+from .options import AlignmentOptions
+from .prompts import AlignmentPrompts, read_prompts
+from .rounds import Visit, effects, mixed, visited
+from .teacher import TeacherStates, fingerprint
+
+PROBED_PROMPTS = 16  # whose trajectories give the queries of the attention loss
+POOL = 16  # batches that are drawn together and sorted by length
+CHUNK = 32  # held-out prompts that are asked at a time
+
+
+def align(
+    pipe: DiffusionPipeline,
+    encoder: TextEncoder | ConditioningEncoder,
+    prompts: str | os.PathLike | Iterable[str],
+    out: str | Path,
+    options: AlignmentOptions | None = None,
+    *,
+    held_out: str | os.PathLike | Iterable[str] | None = None,
+) -> ConditioningEncoder:
+    """Align an encoder with a pipeline's own, and save it in `out`, ready for `swap_text_encoder(pipe, out)`.
+
+    Steps, as in the order of their cost: the bridge's last layer by ridge regression (0), a loss between token states
+    and between what cross-attention makes of them (1), and a loss between the denoiser's outputs along the teacher's
+    own trajectories, as in PEA-Diffusion (2023) and DistillT5 (2025), with the token loss falling to zero (2). No
+    pictures are needed.
+
+    Interrupted, the same call goes on from `out/alignment`. Under `torchrun` or `accelerate launch` each batch is
+    shared among the processes, with the same result within float tolerance.
+
+    Args:
+        pipe: of a family in `textcond.pipelines.families`; it keeps its own encoder.
+        encoder: what is to condition it; a ConditioningEncoder goes on with the bridge that it has. Its bridge, and
+            with `lora_rank` its backbone, are changed in place.
+        prompts: see `read_prompts`.
+        options: see `AlignmentOptions`.
+        held_out: prompts like `prompts` that nothing trains on: the weights that are best on them are kept. None
+            keeps some of `prompts` out for that.
+
+    Returns:
+        The aligned encoder, with its best held-out weights.
+
+    Raises:
+        ValueError: bad prompts or options, an encoder that does not fit the slot, or an `out` that was begun
+            with other ones.
+        KeyboardInterrupt: after Ctrl-C, when the state of the last whole step is on disk.
+    """
+    options = options or AlignmentOptions()
+    training = read_prompts(prompts)
+    if held_out is None:
+        training, kept_out = training.split(min(options.held_out, len(training.teacher) // 2))
+    else:
+        kept_out = read_prompts(held_out)
+    return Aligner(pipe, encoder, training, kept_out, Path(out).expanduser(), options).run()
+
+
+class Aligner:
+    """The state of an alignment; see `align`."""
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        encoder: TextEncoder | ConditioningEncoder,
+        training: AlignmentPrompts,
+        held_out: AlignmentPrompts,
+        out: Path,
+        options: AlignmentOptions,
+    ):
+        self.options, self.out = options, out
+        device = denoiser_of(pipe).device
+        # Its autocast would be one for the whole process; the denoiser's precision is chosen below.
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        pipe.set_progress_bar_config(disable=True)
+        self.teacher_pipe, self.student_pipe = pipe, copy.copy(pipe)
+        self.connector: nn.Module | None = None
+        if options.bridge == "timestep":
+            encoder = self._connect(encoder)
+        elif isinstance(encoder, TextEncoder):
+            chosen = {name: getattr(options, name) for name in ("bridge", "tokens") if getattr(options, name)}
+            encoder = make_encoder(
+                pipe, encoder, slot=options.slot, bridge_depth=options.bridge_depth, layers=options.layers,
+                seed=options.seed, **chosen,
+            )  # fmt: skip
+        self.encoder = encoder.to(device)
+        swap_text_encoder(self.student_pipe, encoder, options.slot)
+        self.training, self.held_out = training, held_out
+        if not held_out.teacher:
+            raise ValueError("one prompt alone leaves none to train on: give at least 2, and better 10,000")
+        self._claim()
+        if options.lora_rank:
+            self._add_adapter()
+        denoiser_of(pipe).requires_grad_(False)
+        self.trained = _Trained(self.encoder, self.connector)
+        self.cast = torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16")
+        self.sampling = {"num_inference_steps": options.num_inference_steps, **options.call}
+
+    def run(self) -> ConditioningEncoder:
+        """Run what is left of the steps, and write the encoder."""
+        with _quiet():
+            return self._run()
+
+    def _run(self) -> ConditioningEncoder:
+        options, work = self.options, self.out / "alignment"
+        with self.accelerator.main_process_first():
+            folder = work / "teacher" / fingerprint(self.teacher_pipe, self.training.teacher)[:16]
+            self.states = TeacherStates(self.teacher_pipe, self.training.teacher, folder, options.cache_limit * 1e9)
+        rng = np.random.default_rng([options.seed, 1])
+        sample = rng.permutation(len(self.training.teacher))[: max(256, options.closed_form_prompts)]
+        self.known = statistics(self.states(sample[:2048]))
+        self._prepare_held_out()
+        self._prepare_probe(sample[:PROBED_PROMPTS])
+        if options.closed_form_prompts and not (work / "closed-form.safetensors").is_file():
+            self._closed_form(sample)
+            if self.accelerator.is_main_process:
+                write_tensors(work / "closed-form.safetensors", self.trained.state_dict())
+            self.accelerator.wait_for_everyone()
+        elif options.closed_form_prompts:
+            self.trained.load_state_dict(read_tensors(work / "closed-form.safetensors"))
+        if options.token_steps:
+            self._fit("tokens", self._token_step, options.token_steps, options.batch_size)
+        if options.denoiser_steps:
+            self._fit("denoiser", self._denoiser_step, options.denoiser_steps, options.denoiser_batch_size)
+        self._merge_adapter()
+        if self.accelerator.is_main_process:
+            self.encoder.save_pretrained(self.out)
+            if self.connector is not None:
+                self.student_pipe.unet.save_connector(self.out / CONNECTOR)
+            prompts = [(self.held_out.teacher[index], text) for index, text in self.held_out.rows]
+            record = {"held_out_distance": self.held_out_distance(), "held_out_prompts": prompts}
+            write_mark(self.out / "alignment.json", options.to_dict() | record)
+            shutil.rmtree(work / "teacher")
+        self.accelerator.wait_for_everyone()
+        return self.encoder
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def _closed_form(self, sample: np.ndarray) -> None:
+        """Step 0: every last layer that maps to a tensor of the conditioning."""
+        for name, facts in self.known.items():
+            bridge = self.connector or self.encoder.bridge
+            layer = getattr(bridge if facts.mean.ndim == 2 else self.encoder.pooled_bridge, "out_proj", None)
+            # Other slots may share the tensor, and a bridge may give another number of tokens.
+            if layer is None or layer.out_features != facts.mean.shape[-1]:
+                continue
+
+            def run(name: str = name) -> Iterable[Tensor]:
+                for start in range(0, len(sample), self.options.batch_size):
+                    batch = sample[start : start + self.options.batch_size]
+                    self._say([self.training.teacher[index] for index in batch])
+                    yield self.states(batch)[name]
+
+            fit_last_layer(layer, run)
+
+    def _token_step(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Step 1: the student's token states and pooled vectors against the teacher's."""
+        indices, texts = self._draw(step)
+        value, figures = self._conditioning_loss(indices, texts, step)
+        return value, figures
+
+    def _say(self, texts: list[str]) -> Conditioning:
+        """The student's conditioning, as the denoiser's cross-attention will read it."""
+        conditioning = condition(self.student_pipe, texts)
+        if self.connector is not None:
+            states = conditioning["encoder_hidden_states"]
+            conditioning |= {"encoder_hidden_states": self.connector(states)}
+        return conditioning
+
+    def _conditioning_loss(self, indices: list[int], texts: list[str], step: int) -> tuple[Tensor, dict[str, float]]:
+        options, teacher = self.options, self.states(indices)
+        with self.cast:
+            student = self._say([*texts, ""])
+            attention = self._attention(student, teacher, step)
+        ours = {name: tensor[:-1] for name, tensor in student.items()}
+        empty = {name: tensor[-1:] for name, tensor in student.items()}
+        distance = regression(ours, teacher, self.known).mean()
+        figures = {"tokens": distance.item()}
+        value = distance + options.empty_weight * regression(empty, self.states.empty, self.known).mean()
+        value = options.token_weight * value
+        if attention is not None:
+            figures["attention"] = attention[:-1].mean().item()
+            value = value + options.attention_weight * (attention[:-1].mean() + options.empty_weight * attention[-1])
+        if options.contrast_weight:
+            said = torch.tensor(indices, device=distance.device)
+            value = value + options.contrast_weight * contrast(ours, teacher, self.known, said, self.accelerator)
+        return value, figures
+
+    def _attention(self, student: Conditioning, teacher: Conditioning, step: int) -> Tensor | None:
+        """The attention loss of each prompt and, last, of the empty one."""
+        if self.probe is None or not self.options.attention_weight:
+            return None
+        name = next(iter(self.known))
+        wanted = torch.cat([teacher[name], self.states.empty[name]])
+        return self.probe(student[name], wanted, step_generator(self.options.seed + 3, step))
+
+    def _denoiser_step(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Step 2: the denoiser's output under the student's text against that under the teacher's."""
+        visits, texts, seed = self._round(step)
+        rows = np.arange(len(texts))
+        visit = mixed(visits, (step + rows + seed) % len(visits))
+        effect = self.accelerator.reduce(effects(visits), "mean")[(step + rows + seed) % len(visits)]
+        # The empty prompt is half of every guided step, and one text: it takes the place of one prompt in eight.
+        silent = (rows + step) % 8 == 7
+        answer = torch.where(_column(silent, visit.output), visit.unconditional, visit.output)
+        said = ["" if quiet else text for text, quiet in zip(texts, silent)]
+        with self.cast:
+            ours = replay(denoiser_of(self.student_pipe), visit, condition(self.student_pipe, said))
+        error = (ours.float() - answer.float()).square().flatten(1).mean(1) / effect
+        value, figures = error.mean(), {"denoiser": error.mean().item()}
+        remaining = 1 - step / self.options.denoiser_steps
+        if remaining > 0:
+            extra_indices, extra = self._draw(step + self.options.token_steps)
+            tokens, more = self._conditioning_loss(extra_indices, extra, step)
+            value, figures = value + remaining * tokens, figures | more
+        return value, figures
+
+    def _round(self, step: int) -> tuple[list[Visit], list[str], int]:
+        """The trajectories of some prompts; each of their latents is asked about once before the next round."""
+        options = self.options
+        number = step // options.num_inference_steps
+        if getattr(self, "_round_number", None) != number:
+            rng = np.random.default_rng([options.seed, 2, number])
+            mine = share(self.accelerator, options.denoiser_batch_size)
+            rows = rng.integers(len(self.training.rows), size=options.denoiser_batch_size)[mine]
+            indices, texts = self.training.texts(rows)
+            guidance = float(rng.uniform(*options.guidance_scale))
+            seeds = rng.integers(2**31, size=options.denoiser_batch_size)[mine].tolist()
+            with self.cast:
+                visits = visited(
+                    self.teacher_pipe, [self.training.teacher[index] for index in indices], seeds, self.states.empty,
+                    guidance_scale=guidance, **self.sampling,
+                )  # fmt: skip
+            self._round_number, self._round_state = number, (visits, texts, mine.start)
+        return self._round_state
+
+    def _draw(self, step: int) -> tuple[list[int], list[str]]:
+        """A batch of texts of nearly the same length: each epoch is shuffled, pools of it are sorted."""
+        size = self.options.batch_size
+        count = len(self.training.rows)
+        epoch, place = divmod(step * size, count)
+        pool_size = size * POOL
+        start = place // pool_size * pool_size
+        order = self._order(epoch)
+        pool = order[start : start + pool_size]
+        pool = sorted(pool.tolist(), key=lambda row: len(self.training.rows[row][1]))
+        batches = [pool[at : at + size] for at in range(0, len(pool), size)]
+        turn = np.random.default_rng([self.options.seed, 4, epoch, start]).permutation(len(batches))
+        rows = batches[turn[min((place - start) // size, len(batches) - 1)]]
+        # The last batch of an epoch is filled up from its beginning, so that every step weighs the same.
+        rows = (rows + order.tolist() * (size // count + 1))[:size]
+        return self.training.texts(rows[share(self.accelerator, size)])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            self._epoch_order = np.random.default_rng([self.options.seed, 3, epoch]).permutation(
+                len(self.training.rows)
+            )
+        return self._epoch_order
+
+    def _fit(self, name: str, loss, steps: int, batch: int) -> None:
+        weights = fit(
+            name,
+            self.trained,
+            loss,
+            out=self.out / "alignment" / name,
+            steps=steps,
+            batch=batch,
+            learning_rate=self.options.learning_rate,
+            accelerator=self.accelerator,
+            decay=0.4,
+            ema=0.99,
+            save_every=self.options.save_every,
+            validation=Validation(lambda step: self.held_out_distance(), self.options.validate_every,
+                                  self.options.patience),
+        )  # fmt: skip
+        self.trained.load_state_dict(weights)
+
+    # -- held out ----------------------------------------------------------------------------------------------------
+
+    def _prepare_held_out(self) -> None:
+        """The teacher's trajectories of the held-out prompts, with one of the texts that say each."""
+        options = self.options
+        texts: dict[int, list[str]] = {}
+        for index, text in self.held_out.rows:
+            texts.setdefault(index, []).append(text)
+        rng = np.random.default_rng([options.seed, 5])
+        self.held_out_chunks = []
+        count = len(self.held_out.teacher)
+        guidance = sum(options.guidance_scale) / 2
+        for start in range(0, count, CHUNK):
+            indices = range(start, min(start + CHUNK, count))
+            with self.cast:
+                visits = visited(
+                    self.teacher_pipe, [self.held_out.teacher[index] for index in indices],
+                    [10_000 + index for index in indices], self.states.empty, guidance_scale=guidance, **self.sampling,
+                )  # fmt: skip
+            said = [texts[index][int(rng.integers(len(texts[index])))] for index in indices]
+            self.held_out_chunks.append((visits, said))
+
+    def held_out_distance(self) -> float:
+        """The denoiser's distance to the teacher on held-out prompts, as a share of the empty prompt's distance."""
+        return float(np.mean(self.held_out_shares()))
+
+    @torch.no_grad()
+    def held_out_shares(self) -> list[float]:
+        """That share of each held-out prompt, the mean over its timesteps.
+
+        At each timestep the distance of a prompt is divided by the mean distance of the empty prompt over all prompts.
+        """
+        was = self.encoder.training
+        self.encoder.eval()
+        shares = []
+        for visits, said in self.held_out_chunks:
+            conditioning = condition(self.student_pipe, said)
+            # Every second timestep tells as much as all.
+            asked = visits[:: 2 if len(visits) > 4 else 1]
+            errors = []
+            for visit, effect in zip(asked, effects(asked)):
+                with self.cast:
+                    ours = replay(denoiser_of(self.student_pipe), visit, conditioning)
+                errors.append((ours.float() - visit.output.float()).square().flatten(1).mean(1) / effect)
+            shares += torch.stack(errors).mean(0).tolist()
+        self.encoder.train(was)
+        return shares
+
+    def _prepare_probe(self, sample: np.ndarray) -> None:
+        """Queries for the attention loss, where the denoiser has cross-attention on tokens of this width."""
+        name = next(iter(self.known))
+        self.probe = AttentionProbe(denoiser_of(self.teacher_pipe), self.states.empty[name].shape[-1])
+        if not self.probe.layers or self.states.empty[name].ndim != 3:
+            self.probe = None
+            return
+        generator = torch.Generator().manual_seed(self.options.seed)
+        with self.probe.listening(generator), self.cast:
+            visited(
+                self.teacher_pipe, [self.training.teacher[index] for index in sample], range(len(sample)),
+                self.states.empty, guidance_scale=sum(self.options.guidance_scale) / 2, **self.sampling,
+            )  # fmt: skip
+        self.probe.calibrate(self.states(sample)[name])
+
+    # -- parts and state ---------------------------------------------------------------------------------------------
+
+    def _connect(self, encoder: TextEncoder | ConditioningEncoder) -> ConditioningEncoder:
+        """Bare backbone states, and a UNet that resamples them at every timestep."""
+        if not isinstance(encoder, TextEncoder):
+            raise ValueError("bridge='timestep' starts from a text encoder: give one without a bridge")
+        unet, width = self.teacher_pipe.unet, encoder.backbone.config.hidden_size
+        with torch.no_grad():
+            tokens = condition(self.teacher_pipe, [""])["encoder_hidden_states"].shape[1]
+        self.student_pipe.register_modules(
+            unet=TimestepAwareUNet.from_unet(
+                unet, width, tokens=self.options.tokens or tokens, depth=self.options.bridge_depth,
+                seed=self.options.seed,
+            )
+        )  # fmt: skip
+        self.connector = self.student_pipe.unet.connector
+        return ConditioningEncoder.from_text_encoder(
+            encoder, bridge="identity", width=width, tokens=encoder.max_length, layers=self.options.layers
+        )
+
+    def _add_adapter(self) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        rank = self.options.lora_rank
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        torch.manual_seed(self.options.seed)
+        self.encoder.backbone = get_peft_model(self.encoder.backbone, config)
+
+    def _merge_adapter(self) -> None:
+        if self.options.lora_rank:
+            self.encoder.backbone = self.encoder.backbone.merge_and_unload()
+        self.encoder.eval()
+
+    def _claim(self) -> None:
+        """Write what decides the result into a new folder; refuse one that was begun with something else."""
+        file = self.out / "alignment" / "begun.json"
+        now = self.options.to_dict() | {
+            "prompts": self.training.fingerprint(),
+            "held_out_prompts": self.held_out.fingerprint(),
+            "teacher": fingerprint(self.teacher_pipe, []),
+            "encoder": self.encoder.config.to_dict()["backbone_class"],
+        }
+        now.pop("save_every")
+        if file.is_file():
+            before = read_json(file)
+            if different := [name for name in now if now[name] != before.get(name)]:
+                raise ValueError(
+                    f"{self.out} was begun with another {', '.join(different)}: "
+                    "go on with the same, or choose another folder"
+                )
+        elif self.accelerator.is_main_process:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_mark(file, now)
+        self.accelerator.wait_for_everyone()
+
+
+class _Trained(nn.Module):
+    """The parameters that are trained, as a module of their own: what is saved and averaged."""
+
+    def __init__(self, encoder: ConditioningEncoder, connector: nn.Module | None):
+        super().__init__()
+        own = {id(parameter) for part in _parts(encoder) if part is not None for parameter in part.parameters()}
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_(id(parameter) in own or "lora_" in name)
+            if parameter.requires_grad:
+                self.register_parameter(name.replace(".", "/"), parameter)
+        for name, parameter in connector.named_parameters() if connector is not None else ():
+            self.register_parameter(f"connector/{name}".replace(".", "/"), parameter.requires_grad_())
+
+
+def _parts(encoder: ConditioningEncoder) -> tuple[nn.Module | None, ...]:
+    return encoder.bridge, encoder.pooled_bridge, encoder.layer_average
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the pipelines' warning of each prompt that their tokenizer cuts: thousands are read."""
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
+
+
+def _column(flags: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(flags).to(like.device).view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,82 @@
+"""Rounds of the denoiser loss: the teacher samples, and the student is asked at the latents that it visited."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from textcond.pipelines.families import Conditioning, denoiser_of
+from textcond.pipelines.trajectories import Visit, follow, replay
+
+
+@dataclass
+class Question:
+    """What the student is asked: calls of the denoiser, with the teacher's answers.
+
+    Attributes:
+        visit: the calls, one a row, each at a timestep of its own.
+        answer: what the denoiser gives under the teacher's text, `(rows, ...)`.
+        effect: mean squared difference of that from the answer to the empty prompt, at each row's timestep, `(rows,)`.
+    """
+
+    visit: Visit
+    answer: Tensor
+    effect: Tensor
+
+
+@torch.no_grad()
+def visited(
+    pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], empty: Conditioning, **options: Any
+) -> list[Visit]:
+    """The teacher's own trajectories of some prompts, each from its seed, with the answers to the empty prompt."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if "negative_prompt" in inspect.signature(pipe.__call__).parameters:
+        # Left out, SDXL would take zeros instead of the empty prompt's states.
+        options.setdefault("negative_prompt", [""] * len(prompts))
+    visits = follow(pipe, prompts, generator=generators, **options)
+    for visit in visits:
+        if visit.unconditional is None:
+            visit.unconditional = replay(denoiser_of(pipe), visit, _repeat(empty, len(prompts)))
+    return visits
+
+
+def effects(visits: Sequence[Visit]) -> Tensor:
+    """How much the text changes the denoiser's output, mean square at each visit, `(visits,)`."""
+    return torch.stack([(visit.output - visit.unconditional).float().square().mean() for visit in visits])
+
+
+def mixed(visits: Sequence[Visit], choice: np.ndarray) -> Visit:
+    """One visit that takes row i from `visits[choice[i]]`: several timesteps in one batch."""
+    rows = range(len(choice))
+
+    def mix(values: list[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, dict):
+            return {name: mix([value[name] for value in values]) for name in first}
+        if not isinstance(first, Tensor):
+            return first
+        if first.ndim == 0:
+            return torch.stack([values[choice[row]] for row in rows])
+        if len(first) == len(choice):
+            return torch.stack([values[choice[row]][row] for row in rows])
+        if len(first) == 1:
+            return torch.cat([values[choice[row]] for row in rows])
+        return first
+
+    return Visit(
+        {name: mix([visit.inputs[name] for visit in visits]) for name in visits[0].inputs},
+        float("nan"),
+        mix([visit.output for visit in visits]),
+        mix([visit.unconditional for visit in visits]),
+    )
+
+
+def _repeat(conditioning: Conditioning, count: int) -> Conditioning:
+    return {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in conditioning.items()}

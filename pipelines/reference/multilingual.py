@@ -1,0 +1,536 @@
+"""The multilingual encoder that ships: its own vocabulary, four layers of multilingual-e5-small, distilled on phrases.
+
+One resumable recipe, stage by stage: phrases -> vocabulary -> teacher -> distil -> finetune.
+
+The student is an ELECTRA encoder, since that is BERT with an embedding table narrower than the layers: of 9.7 M
+parameters the layers have 7.1 M, and a vocabulary for all languages of CLDR has to do with the rest. Layers are as wide
+as the teacher's, so that they start from the teacher's own and give vectors of its width without a head.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.models import Unigram
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, ElectraConfig, ElectraModel, PreTrainedTokenizerFast
+
+from textcond import TextEncoder, TextEncoderConfig
+from textcond.evaluation import RetrievalTask
+from textcond.features import ContrastiveBatch, Features
+from textcond.files import write_mark
+from textcond.folders import atomic_folder, read_json
+from textcond.losses import InfoNCE, VectorMSE, WeightedSum
+from textcond.pipelines.loop import fit, share, step_generator
+from textcond.training import Data, Mining, Recipe, Stage, train
+
+from .data import is_held_out_concept
+from .phrases import build_phrases, digest, read_phrases
+
+STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune")
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the order of XLM-R
+TEACHER_BLOCK = 4096
+
+
+# -- teacher ---------------------------------------------------------------------------------------------------------
+
+
+def teacher_texts(phrases: Path) -> list[str]:
+    """The texts that the teacher reads: every English side once, in the order of `distil.txt`."""
+    return list(dict.fromkeys(english for english, _ in read_phrases(phrases / "distil.txt")))
+
+
+def teacher_vectors(phrases: Path, teacher: str | Path, out: Path, *, kind: str = "query") -> Path:
+    """Encode the teacher's texts into `out/vectors.npy`, float16 `(texts, dim)`; goes on where it was stopped.
+
+    Vectors are computed in bfloat16: of multilingual-e5-small they then differ by a cosine of 2e-5, at 2.6 times the
+    speed on a CPU that multiplies in it.
+
+    Raises:
+        ValueError: `out` was begun with other texts or another teacher.
+    """
+    texts = teacher_texts(phrases)
+    claim = {"texts": len(texts), "digest": digest("\n".join(texts)), "teacher": str(teacher)}
+    mark, file = out / "mark.json", out / "vectors.npy"
+    done = 0
+    if mark.is_file():
+        begun = read_json(mark)
+        if any(begun[name] != value for name, value in claim.items()):
+            raise ValueError(f"{out} holds vectors of other texts or of another teacher: remove it, or choose another")
+        done = begun["done"]
+        if done == len(texts):
+            return file
+    encoder = TextEncoder.from_pretrained(teacher, dtype=torch.bfloat16)
+    if torch.cuda.is_available():
+        encoder.to("cuda")
+    out.mkdir(parents=True, exist_ok=True)
+    if not mark.is_file():
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=(len(texts), encoder.dim)).flush()
+        write_mark(mark, claim | {"done": 0})
+    vectors = np.lib.format.open_memmap(file, mode="r+")
+    with tqdm(total=len(texts), initial=done, desc="teacher", unit="text", mininterval=5) as bar:
+        while done < len(texts):
+            block = texts[done : done + TEACHER_BLOCK]
+            vectors[done : done + len(block)] = encoder.encode(block, kind=kind)
+            vectors.flush()
+            done += len(block)
+            write_mark(mark, claim | {"done": done})
+            bar.update(len(block))
+    return file
+
+
+# -- vocabulary ------------------------------------------------------------------------------------------------------
+
+
+def train_vocabulary(
+    phrases: Path, out: Path, size: int, *, max_length: int = 128, least: int = 8, texts: int = 150_000
+) -> Path:
+    """Learn a unigram vocabulary of lower-cased pieces (Kudo, 2018) and save a tokenizer folder.
+
+    It reads the first `texts` texts of other languages than English and a third as many English ones, so that English
+    does not take more than its share. Characters that come fewer than `least` times are spelled in bytes, as in Llama.
+
+    Raises:
+        ValueError: a size that leaves no piece beside the special tokens and the bytes.
+    """
+    byte_pieces = [f"<0x{value:02X}>" for value in range(256)]
+    pieces = size - len(SPECIAL) - len(byte_pieces)
+    if pieces < 1:
+        raise ValueError(f"a vocabulary of {size} is taken up by {size - pieces} special tokens and bytes: raise it")
+    normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    )
+    read = [normalizer.normalize_str(text) for text in _vocabulary_texts(phrases, texts)]
+    count = Counter(itertools.chain.from_iterable(read))
+    rare = {character: " " for character, times in count.items() if times < least}
+    table = str.maketrans(rare)
+    learner = Tokenizer(Unigram())
+    # Without spaces between words, the commas of captions would else be inside of pieces.
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always"), pre_tokenizers.Punctuation()]
+    )
+    trainer = trainers.UnigramTrainer(
+        vocab_size=pieces, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+    )
+    learner.train_from_iterator((text.translate(table) for text in read), trainer)
+    learned = [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"] if piece != "<unk>"]
+    worst = min(score for _, score in learned)
+    vocabulary = [(token, 0.0) for token in SPECIAL] + learned + [(piece, worst - 10.0) for piece in byte_pieces]
+    backend = Tokenizer(Unigram(vocabulary, unk_id=SPECIAL.index("<unk>"), byte_fallback=True))
+    backend.normalizer, backend.pre_tokenizer = normalizer, learner.pre_tokenizer
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="always")]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[(token, SPECIAL.index(token)) for token in ("<s>", "</s>")],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+    )
+    with atomic_folder(out, owned=("*",)) as folder:
+        tokenizer.save_pretrained(folder)
+    return out
+
+
+def _vocabulary_texts(phrases: Path, texts: int) -> Iterator[str]:
+    """The English third, then the others: each side of the file is read in its order."""
+    lines = list(read_phrases(phrases / "distil.txt"))
+    yield from itertools.islice((english for english, _ in lines), texts // 3)
+    yield from itertools.islice((other for _, other in lines if other is not None), texts)
+
+
+# -- student ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StudentRecipe:
+    """Sizes of the student. Of the teacher it takes the width, the heads and the layers `layers`, counted from 0.
+
+    Before any training a student of the two first and the two last layers found the teacher's vector among 384 for 33%
+    of the texts, one of layers 0, 3, 7 and 11 for 6%.
+    """
+
+    layers: tuple[int, ...] = (0, 1, 10, 11)
+    embedding: int = 128
+    max_length: int = 128
+
+
+def student_config(recipe: StudentRecipe, vocabulary: int, width: int, heads: int, feed_forward: int) -> ElectraConfig:
+    """The student's backbone, for a vocabulary with `SPECIAL` first."""
+    return ElectraConfig(
+        vocab_size=vocabulary,
+        embedding_size=recipe.embedding,
+        hidden_size=width,
+        num_hidden_layers=len(recipe.layers),
+        num_attention_heads=heads,
+        intermediate_size=feed_forward,
+        max_position_embeddings=recipe.max_length,
+        type_vocab_size=1,
+        bos_token_id=SPECIAL.index("<s>"),
+        pad_token_id=SPECIAL.index("<pad>"),
+        eos_token_id=SPECIAL.index("</s>"),
+    )
+
+
+@torch.no_grad()
+def new_student(tokenizer: PreTrainedTokenizerFast, teacher: TextEncoder, recipe: StudentRecipe) -> TextEncoder:
+    """A student with the teacher's layers, and the principal components of the teacher's token embeddings.
+
+    A piece that the teacher's vocabulary has too starts from its embedding there, another one from the mean over how
+    the teacher spells it, as in WECHSEL and its kin (Minixhofer et al., 2022).
+
+    Raises:
+        ValueError: a layer that the teacher has not, or embeddings that are not narrower than its layers.
+    """
+    source = teacher.backbone
+    if max(recipe.layers) >= source.config.num_hidden_layers:
+        raise ValueError(f"layers {recipe.layers}: the teacher has {source.config.num_hidden_layers}, counted from 0")
+    own = source.config
+    if recipe.embedding >= own.hidden_size:
+        raise ValueError(f"embeddings {recipe.embedding} wide, layers {own.hidden_size}: give fewer than that")
+    config = student_config(recipe, len(tokenizer), own.hidden_size, own.num_attention_heads, own.intermediate_size)
+    backbone = ElectraModel(config)
+    for layer, taken in zip(backbone.encoder.layer, recipe.layers):
+        layer.load_state_dict(source.encoder.layer[taken].state_dict())
+    embeddings = source.embeddings
+    words = _piece_embeddings(tokenizer, teacher)
+    # The teacher reads a prompt before the text, the student none.
+    prompt = len(teacher.tokenize([""], kind="query")["input_ids"][0]) - teacher.tokenizer.num_special_tokens_to_add()
+    places = torch.arange(recipe.max_length)
+    places = torch.where(places > 0, places + prompt, 0).clamp(max=own.max_position_embeddings - 1)
+    positions = embeddings.position_embeddings.weight[places] + embeddings.token_type_embeddings.weight[0]
+    usual = positions[1:9].mean(0)
+    target = embeddings.LayerNorm(words + usual)
+    mean = target.mean(0)
+    _, _, components = torch.linalg.svd(target - mean, full_matrices=False)
+    components = components[: recipe.embedding].T
+    table = (target - mean) @ components
+    scale = table.std()
+    sample = words[:: max(1, len(words) // 512)]
+    shift = torch.stack([embeddings.LayerNorm(sample + place).mean(0) for place in positions])
+    shift = (shift - embeddings.LayerNorm(sample + usual).mean(0)) @ components
+    new = backbone.embeddings
+    new.word_embeddings.weight.copy_(table / scale)
+    new.position_embeddings.weight.copy_(shift / scale)
+    new.token_type_embeddings.weight.zero_()
+    # What the layer norm makes of a row, mapped back to what the teacher's first layer reads.
+    normed = torch.cat([new.LayerNorm(new.word_embeddings.weight), torch.ones(len(words), 1)], 1)
+    solved = torch.linalg.lstsq(normed, target).solution
+    backbone.embeddings_project.weight.copy_(solved[:-1].T)
+    backbone.embeddings_project.bias.copy_(solved[-1])
+    return TextEncoder(backbone.eval(), tokenizer, TextEncoderConfig(max_length=recipe.max_length))
+
+
+def _piece_embeddings(tokenizer: PreTrainedTokenizerFast, teacher: TextEncoder) -> Tensor:
+    """The teacher's embedding of each piece of the vocabulary, `(pieces, width)`."""
+    known = teacher.tokenizer.get_vocab()
+    weight = teacher.backbone.embeddings.word_embeddings.weight
+    average = weight.mean(0)
+    rows = []
+    for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer))):
+        if piece in known:
+            rows.append(weight[known[piece]])
+            continue
+        spelled = teacher.tokenizer(piece.replace("▁", " "), add_special_tokens=False)["input_ids"]
+        rows.append(weight[spelled].mean(0) if spelled else average)
+    return torch.stack(rows)
+
+
+# -- distillation ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DistilRecipe:
+    """Options of the stage. Of a line with two texts the student reads the other language's with probability `other`.
+
+    `bank` vectors of other texts are negatives in each step: the teacher has read them already. The squared error is
+    summed over dimensions, twice one minus the cosine, and weighs `vector_weight`.
+    """
+
+    steps: int = 2400
+    batch: int = 384
+    bank: int = 2048
+    other: float = 0.7
+    temperature: float = 0.05
+    vector_weight: float = 1.0
+    learning_rate: float = 1e-3
+    adam_rate: float = 1e-3
+    seed: int = 0
+
+
+class Student(nn.Module):
+    """The training view of an encoder: texts in, vectors with their graph out."""
+
+    def __init__(self, encoder: TextEncoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors `(texts, dim)`."""
+        return self.encoder.features(texts).dense
+
+
+class DistilBatches:
+    """Lines of `distil.txt` with the teacher's vectors of their English sides, the mean of all taken away.
+
+    The teacher's cosines lie between 0.7 and 1, for all vectors share a direction that tells nothing; without it, and
+    of unit length again, they use the whole range.
+    """
+
+    def __init__(self, phrases: Path, vectors: Path, recipe: DistilRecipe):
+        self.recipe = recipe
+        self.vectors = np.load(vectors, mmap_mode="r")
+        self.mean = self.vectors.mean(0, dtype=np.float64).astype(np.float32)
+        rows: dict[str, int] = {}
+        self.lines = []
+        for english, other in read_phrases(phrases / "distil.txt"):
+            self.lines.append((rows.setdefault(english, len(rows)), english, other))
+        if len(rows) != len(self.vectors):
+            raise ValueError(
+                f"{vectors} holds {len(self.vectors)} vectors, {phrases} {len(rows)} texts: run stage teacher again"
+            )
+
+    def draw(self, step: int) -> tuple[list[str], list[int], list[int]]:
+        """Texts of a step, the teacher's row of each, and the rows of the bank."""
+        generator = step_generator(self.recipe.seed, step)
+        picks = torch.randint(len(self.lines), (self.recipe.batch,), generator=generator).tolist()
+        translated = (torch.rand(self.recipe.batch, generator=generator) < self.recipe.other).tolist()
+        bank = torch.randint(len(self.vectors), (self.recipe.bank,), generator=generator).tolist()
+        lines = [self.lines[pick] for pick in picks]
+        texts = [other if other and use else english for (_, english, other), use in zip(lines, translated)]
+        return texts, [row for row, _, _ in lines], bank
+
+    def contrast(self, vectors: Tensor, rows: list[int], bank: list[int]) -> ContrastiveBatch:
+        """What the losses see: the student's vectors are queries, the teacher's are documents."""
+        keys = torch.tensor(rows + bank, device=vectors.device) + 1
+        teacher = torch.from_numpy(self.vectors[rows + bank] - self.mean).to(vectors.device)
+        teacher = nn.functional.normalize(teacher, dim=-1)
+        count = len(rows)
+        return ContrastiveBatch(
+            queries=Features(vectors),
+            documents=Features(teacher),
+            positives=torch.arange(count, device=vectors.device),
+            owners=torch.arange(len(keys), device=vectors.device) % count,
+            query_keys=keys[:count],
+            document_keys=keys,
+            known_positives=keys[:count, None],
+            teacher_queries=teacher[:count],
+        )
+
+
+def distil(
+    student: TextEncoder, batches: DistilBatches, out: Path, recipe: DistilRecipe, accelerator: Accelerator
+) -> Path:
+    """Draw the student's vectors of both languages to the teacher's of the English side; save `out/encoder`.
+
+    Mean squared error (Reimers and Gurevych, 2020) places a vector, InfoNCE against the teacher's vectors of other
+    texts tells it from its neighbours.
+    """
+    module = Student(student)
+    losses = WeightedSum(
+        [(recipe.vector_weight * student.dim, VectorMSE(["queries"])), (1.0, InfoNCE(recipe.temperature))],
+    )
+    mine = share(accelerator, recipe.batch)
+
+    def loss(prepared: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+        texts, rows, bank = batches.draw(step)
+        batch = batches.contrast(prepared(texts[mine]).float(), rows[mine], bank)
+        with torch.no_grad():
+            cosine = (batch.queries.dense * batch.teacher_queries).sum(1).mean().item()
+            hits = (batch.queries.dense @ batch.documents.dense.T).masked_fill(batch.false_negatives(), -1).argmax(1)
+        return losses(batch), {"cosine": cosine, "accuracy": (hits == batch.positives).float().mean().item()}
+
+    weights = fit(
+        "distil",
+        module,
+        loss,
+        out=out,
+        steps=recipe.steps,
+        batch=recipe.batch,
+        warmup=min(100, recipe.steps // 10),
+        decay=0.4,
+        learning_rate=recipe.learning_rate,
+        adam_rate=recipe.adam_rate,
+        bf16=True,
+        accelerator=accelerator,
+    )
+    module.load_state_dict(weights)
+    if accelerator.is_main_process:
+        student.eval().save_pretrained(out / "encoder")
+    accelerator.wait_for_everyone()
+    return out / "encoder"
+
+
+# -- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FinetuneRecipe:
+    """Options of the stage: how many of the pairs are read, and the training."""
+
+    pairs: int = 40_000
+    steps: int = 200
+    batch: int = 128
+    negatives: int = 2
+    learning_rate: float = 1e-4
+    temperature: float = 0.03
+    seed: int = 0
+
+
+def finetune(encoder: Path, phrases: Path, out: Path, recipe: FinetuneRecipe) -> Path:
+    """Contrastive fine-tuning on translations, definitions and descriptions with mined negatives; `out/encoder`.
+
+    Negatives are what the distilled encoder itself takes for right, save what it scores nearly as high as the positive:
+    names have synonyms.
+    """
+    data = out / "pairs"
+    if not data.is_dir():
+        with (phrases / "pairs.jsonl").open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in itertools.islice(file, recipe.pairs)]
+        with atomic_folder(data, owned=("*",)) as folder:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+            positives = dict.fromkeys(row["pos"][0] for row in rows)
+            corpus = [
+                json.dumps({"_id": f"d{number}", "title": "", "text": text}, ensure_ascii=False) + "\n"
+                for number, text in enumerate(positives)
+            ]
+            (folder / "corpus.jsonl").write_text("".join(corpus), encoding="utf-8")
+    mining = Mining(
+        corpus=str(data / "corpus.jsonl"),
+        sources={"dense": 0.75, "bm25": 0.25},
+        options={"num_negatives": 4, "range_max": 40, "sampling": "random", "relative": 0.95, "on_short": "keep"},
+    )
+    stage = Stage(
+        data=[Data(str(data / "train.jsonl"))],
+        steps=recipe.steps,
+        name="finetune",
+        mining=mining,
+        loss={
+            "name": "infonce",
+            "temperature": recipe.temperature,
+            "directions": ["query_to_document", "document_to_query"],
+        },
+        batch_size=recipe.batch,
+        negatives=recipe.negatives,
+        learning_rate=recipe.learning_rate,
+    )
+    return train(Recipe(model=str(encoder), stages=[stage], mixed_precision="bf16", seed=recipe.seed), out)
+
+
+# -- the whole -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MultilingualRecipe:
+    """The options of every stage."""
+
+    vocabulary: int = 20_000
+    student: StudentRecipe = field(default_factory=StudentRecipe)
+    distil: DistilRecipe = field(default_factory=DistilRecipe)
+    finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+
+
+def build_multilingual(
+    out: str | Path,
+    stages: Sequence[str] = STAGES,
+    *,
+    phrases: str | Path,
+    teacher: str | Path = "intfloat/multilingual-e5-small",
+    packages: str | Path | None = None,
+    data: str | Path | None = None,
+    recipe: MultilingualRecipe | None = None,
+) -> Path:
+    """Run `stages` in order under `out`; what a stage has finished is kept, what it has begun is resumed.
+
+    Args:
+        out: the working folder; `out/finetune/encoder` is the encoder after the last stage.
+        stages: names of `STAGES`.
+        phrases: the folder of `build_phrases`; stage "phrases" makes it.
+        teacher: a BERT-like text encoder.
+        packages: for stage "phrases", see `build_phrases`.
+        data: for stage "phrases", the reference data.
+        recipe: the options.
+
+    Raises:
+        ValueError: an unknown stage, or stage "phrases" without `packages` and `data`.
+        FileNotFoundError: a stage whose input no earlier stage has made.
+    """
+    out, phrases, recipe = Path(out), Path(phrases), recipe or MultilingualRecipe()
+    for stage in stages:
+        if stage not in STAGES:
+            raise ValueError(f"there is no stage {stage!r}: choose from {', '.join(STAGES)}")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    vocabulary, vectors, distilled = out / "vocabulary", out / "teacher", out / "distil"
+    with accelerator.main_process_first():
+        if "phrases" in stages and not (phrases / "report.json").is_file():
+            if packages is None or data is None:
+                raise ValueError("stage phrases reads packages and the reference data: pass packages= and data=")
+            build_phrases(phrases, packages=packages, data=data)
+        if "vocabulary" in stages and not vocabulary.is_dir():
+            _need(phrases / "distil.txt", "phrases")
+            train_vocabulary(phrases, vocabulary, recipe.vocabulary, max_length=recipe.student.max_length)
+        if "teacher" in stages:
+            _need(phrases / "distil.txt", "phrases")
+            teacher_vectors(phrases, teacher, vectors)
+    if "distil" in stages and not (distilled / "encoder").is_dir():
+        _need(vocabulary, "vocabulary")
+        _need(vectors / "vectors.npy", "teacher")
+        mark = read_json(vectors / "mark.json")
+        if mark["done"] < mark["texts"]:
+            raise FileNotFoundError(f"{vectors} holds {mark['done']} of {mark['texts']} vectors: finish stage teacher")
+        torch.manual_seed(recipe.distil.seed)
+        tokenizer = AutoTokenizer.from_pretrained(vocabulary)
+        student = new_student(tokenizer, TextEncoder.from_pretrained(teacher), recipe.student)
+        batches = DistilBatches(phrases, vectors / "vectors.npy", recipe.distil)
+        distil(student, batches, distilled, recipe.distil, accelerator)
+    if "finetune" in stages and not (out / "finetune" / "encoder").is_dir():
+        _need(distilled / "encoder", "distil")
+        finetune(distilled / "encoder", phrases, out / "finetune", recipe.finetune)
+    return out
+
+
+def _need(path: Path, stage: str) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: run stage {stage} first")
+
+
+def name_task(phrases: str | Path, languages: Sequence[str]) -> RetrievalTask:
+    """Held-out names in some languages as queries, the English names of all characters as documents.
+
+    Raises:
+        ValueError: a language of which there is no name.
+    """
+    corpus: dict[str, str] = {}
+    asked: list[tuple[str, str, str]] = []
+    with (Path(phrases) / "names.tsv").open(encoding="utf-8") as file:
+        for line in file:
+            language, name, english = line.rstrip("\n").split("\t")
+            if language == "en":
+                corpus[f"d{digest(english):016x}"] = english
+            if language in languages and is_held_out_concept(english):
+                asked.append((language, name, english))
+    if missing := set(languages) - {language for language, _, _ in asked}:
+        raise ValueError(f"{phrases} holds no held-out name in {sorted(missing)[0]!r}: take a language of CLDR")
+    queries = {f"q{number}": name for number, (_, name, _) in enumerate(asked)}
+    qrels = {f"q{number}": {f"d{digest(english):016x}": 1} for number, (_, _, english) in enumerate(asked)}
+    return RetrievalTask("+".join(languages), queries, corpus, qrels)

@@ -1,0 +1,382 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+import tiny_families
+import torch
+from accelerate import Accelerator
+
+from textcond import ConditioningEncoder
+from textcond.pipelines import swap_text_encoder
+from textcond.pipelines.alignment import AlignmentOptions, align, read_prompts
+from textcond.pipelines.alignment.attention import AttentionProbe
+from textcond.pipelines.alignment.closed_form import RidgeRegression
+from textcond.pipelines.alignment.losses import Statistics, contrast, regression
+from textcond.pipelines.alignment.rounds import effects, mixed, visited
+from textcond.pipelines.alignment.teacher import TeacherStates
+from textcond.pipelines.families import condition, denoiser_of
+from textcond.pipelines.trajectories import replay
+
+WORDS = ["red", "green", "blue", "big", "fox", "dog", "bird", "house", "tree", "apple", "in", "winter", "night"]
+SIZE = {"height": 16, "width": 16}
+SHORT = {
+    "token_steps": 6, "denoiser_steps": 4, "validate_every": 3, "held_out": 8, "closed_form_prompts": 32,
+    "num_inference_steps": 2, "batch_size": 8, "denoiser_batch_size": 4, "call": SIZE,
+}  # fmt: skip
+
+
+def prompts(count=60):
+    rng = random.Random(0)
+    return [" ".join(rng.sample(WORDS, 4)) for _ in range(count)]
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_reads_english_and_the_student_both(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a fox\n\na dog\t犬\na fox\tキツネ\na fox\n   \n", encoding="utf-8")
+    found = read_prompts(file)
+    assert found.teacher == ["a fox", "a dog"]
+    assert found.rows == [(0, "a fox"), (1, "a dog"), (1, "犬"), (0, "キツネ")]
+
+
+def test_a_held_out_prompt_leaves_with_its_translations():
+    found = read_prompts([f"prompt {number}\tText {number}" for number in range(50)])
+    training, held_out = found.split(10)
+    assert len(held_out.teacher) == 10
+    assert len(held_out.rows) == 20
+    assert not set(training.teacher) & set(held_out.teacher)
+    said = {text for _, text in training.rows}
+    assert not said & {text for _, text in held_out.rows}
+    longer = read_prompts([*(f"prompt {number}" for number in range(50)), "one more"])
+    assert len(set(longer.split(10)[1].teacher) & set(held_out.teacher)) >= 9
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"fine\n\xff\xfe broken\n", "line 2 is not UTF-8"),
+        (b"fine\n" + b"a" * 30_000 + b"\n", "line 2 has 30,000 characters"),
+        (b"one\ttwo\tthree\n", "line 1 has 3 columns"),
+        (b"\tzwei\n", "line 1 has a translation and no English"),
+        (b"\n  \n", "holds no prompt"),
+    ],
+)
+def test_a_bad_prompts_file_is_named_with_its_line(tmp_path, content, message):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(file)
+
+
+def test_a_missing_prompts_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
+        read_prompts(tmp_path / "gone.txt")
+
+
+# -- the teacher's states --------------------------------------------------------------------------------------------
+
+
+def test_states_are_computed_once_and_read_back(tmp_path):
+    pipe, texts = tiny.stable_diffusion_xl(), prompts(20)
+    states = TeacherStates(pipe, texts, tmp_path, limit=1e9)
+    first = states([3, 1, 3])
+    fresh = condition(pipe, [texts[3], texts[1], texts[3]])
+    for name, tensor in fresh.items():
+        assert torch.allclose(first[name], tensor, atol=2e-3)
+    assert np.flatnonzero(states.done).tolist() == [1, 3]
+    with torch.no_grad():
+        pipe.text_encoder.text_model.final_layer_norm.bias.add_(1.0) if hasattr(
+            pipe.text_encoder, "text_model"
+        ) else pipe.text_encoder.final_layer_norm.bias.add_(1.0)
+    again = TeacherStates(pipe, texts, tmp_path, limit=1e9)([3, 1, 3])
+    for name in fresh:
+        assert torch.equal(first[name], again[name])
+
+
+def test_beyond_its_limit_nothing_is_written(tmp_path):
+    pipe, texts = tiny.stable_diffusion(), prompts(20)
+    states = TeacherStates(pipe, texts, tmp_path, limit=2 * 77 * 32 * 2)
+    assert states.kept == 2
+    found = states([0, 10])["encoder_hidden_states"]
+    assert torch.allclose(found, condition(pipe, [texts[0], texts[10]])["encoder_hidden_states"], atol=2e-3)
+    assert np.flatnonzero(states.done).tolist() == [0]
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(ValueError, match="lower cache_limit, or give fewer prompts"):
+        TeacherStates(tiny.stable_diffusion(), prompts(20), tmp_path, limit=1e9)
+
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_answer_scores_one_and_the_teacher_itself_zero():
+    states = {"tokens": torch.randn(500, 7, 16) * 3 + 5, "pooled": torch.randn(500, 8) * 0.1}
+    known = {name: Statistics.of(tensor) for name, tensor in states.items()}
+    constant = {name: facts.mean.expand(500, *facts.mean.shape) for name, facts in known.items()}
+    assert regression(constant, states, known).mean().item() == pytest.approx(1, abs=1e-4)
+    assert regression(states, states, known).abs().max() == 0
+    fewer = {"tokens": states["tokens"].mean(1, keepdim=True), "pooled": states["pooled"]}
+    assert regression(fewer, states, known).abs().max() < 1e-8
+
+
+def test_contrast_is_small_for_the_right_pairs_and_forgives_translations():
+    states = {"tokens": torch.randn(12, 7, 16)}
+    known = {"tokens": Statistics.of(states["tokens"])}
+    accelerator = Accelerator(cpu=True)
+    rows = torch.arange(12)
+    right = contrast(states, states, known, rows, accelerator)
+    wrong = contrast({"tokens": states["tokens"].roll(1, 0)}, states, known, rows, accelerator)
+    assert right < 0.1 < wrong
+    # the same text twice, in two languages: neither is a negative of the other
+    twice = {"tokens": states["tokens"].repeat(2, 1, 1)}
+    forgiven = contrast(twice, twice, known, rows.repeat(2), accelerator)
+    counted = contrast(twice, twice, known, torch.arange(24), accelerator)
+    assert forgiven < 0.1 < counted
+
+
+def test_the_ridge_regression_is_the_one_of_the_normal_equations():
+    torch.manual_seed(0)
+    inputs, weight, bias = torch.randn(400, 6), torch.randn(3, 6), torch.randn(3)
+    targets = inputs @ weight.T + bias
+    regression = RidgeRegression()
+    for start in range(0, 400, 100):
+        regression.add(inputs[start : start + 100].view(20, 5, 6), targets[start : start + 100].view(20, 5, 3))
+    found, offset = regression.solve(penalty=1e-9)
+    assert torch.allclose(found.float(), weight, atol=1e-4)
+    assert torch.allclose(offset.float(), bias, atol=1e-4)
+    shrunk, _ = regression.solve(penalty=1e3)
+    assert shrunk.norm() < 0.01 * weight.norm()
+
+
+def test_attention_reads_tokens_as_a_set():
+    pipe = tiny.stable_diffusion()
+    probe = AttentionProbe(pipe.unet, 32, queries=8, layers_at_once=9)
+    generator = torch.Generator().manual_seed(0)
+    with probe.listening(generator):
+        visited(pipe, prompts(4), range(4), condition(pipe, [""]), num_inference_steps=2, guidance_scale=3.0, **SIZE)
+    tokens = torch.randn(5, 9, 32, requires_grad=True)
+    probe.calibrate(tokens)
+    assert probe(tokens[:, torch.randperm(9)], tokens, generator).abs().max() < 1e-6
+    loss = probe(tokens.roll(1, 0), tokens.detach(), generator)
+    assert loss.min() > 0.1
+    loss.sum().backward()
+    assert tokens.grad.abs().sum() > 0
+
+
+def test_a_probed_layer_answers_as_in_the_denoiser():
+    pipe = tiny.stable_diffusion()
+    probe = AttentionProbe(pipe.unet, 32, queries=4)
+    layer = next(iter(probe.layers.values()))
+    states, tokens = torch.randn(3, 4, layer.to_q.in_features), torch.randn(3, 9, 32)
+    from textcond.pipelines.alignment.attention import _answers
+
+    for row in range(3):
+        ours = _answers(layer, layer.to_q(states[row]), tokens[row : row + 1])
+        assert torch.allclose(ours, layer(states[row : row + 1], tokens[row : row + 1]), atol=1e-6)
+
+
+# -- rounds ----------------------------------------------------------------------------------------------------------
+
+PIPELINES = {
+    "epsilon": tiny.stable_diffusion,
+    "epsilon, pooled": tiny.stable_diffusion_xl,
+    "velocity": tiny_families.stable_diffusion_2,
+    "flow matching": tiny_families.stable_diffusion_3,
+    "flow matching, distilled guidance": tiny_families.flux,
+    "mask forwarded": tiny_families.pixart,
+}
+# PixArt draws in the sizes that it was trained for; Flux's T5 slot would ask for 512 positions.
+CALLS = {"mask forwarded": {"use_resolution_binning": False}}
+SLOTS = {"flow matching, distilled guidance": "text_encoder"}
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_the_teacher_answers_a_mixed_question_as_it_did_on_its_way(kind):
+    pipe, texts = PIPELINES[kind](), prompts(4)
+    empty = condition(pipe, [""])
+    call = SIZE | CALLS.get(kind, {})
+    visits = visited(pipe, texts, range(4), empty, num_inference_steps=3, guidance_scale=3.0, **call)
+    visit = mixed(visits, np.array([0, 2, 1, 2]))
+    answer = replay(denoiser_of(pipe), visit, condition(pipe, texts))
+    for row, which in enumerate([0, 2, 1, 2]):
+        assert torch.allclose(answer[row], visits[which].output[row], atol=1e-4)
+    silent = replay(
+        denoiser_of(pipe), visit, {name: tensor.expand(4, *tensor.shape[1:]) for name, tensor in empty.items()}
+    )
+    assert torch.allclose(silent, visit.unconditional, atol=1e-4)
+    assert (effects(visits) > 0).all()
+
+
+# -- the whole -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_every_kind_of_denoiser_is_aligned_and_the_folder_swaps_in(tmp_path, kind):
+    pipe = PIPELINES[kind]()
+    options = AlignmentOptions(**SHORT | {"call": SIZE | CALLS.get(kind, {}), "slot": SLOTS.get(kind)})
+    align(pipe, tiny.text_encoder("bert"), prompts(), tmp_path / "aligned", options)
+    swap_text_encoder(pipe, tmp_path / "aligned", options.slot)
+    assert tiny_families.generate(pipe, "a red fox").isfinite().all()
+
+
+def test_a_timestep_aware_connector_is_aligned_and_comes_with_the_folder(tmp_path):
+    pipe = tiny.stable_diffusion(width=48)  # the backbone is 32 wide
+    unet = pipe.unet
+    none = SHORT | {"bridge": "timestep", "token_steps": 0, "denoiser_steps": 0}
+    align(pipe, tiny.text_encoder("bert"), prompts(), tmp_path / "start", AlignmentOptions(**none))
+    options = SHORT | {"bridge": "timestep", "token_steps": 30, "denoiser_steps": 12}
+    align(pipe, tiny.text_encoder("bert"), prompts(), tmp_path / "aligned", AlignmentOptions(**options))
+    assert pipe.unet is unet
+    assert held_out(tmp_path / "aligned") < held_out(tmp_path / "start")
+    before = swap_text_encoder(pipe, tmp_path / "aligned")
+    assert type(pipe.unet).__name__ == "TimestepAwareUNet"
+    assert pipe.unet.connector.blocks[0].modulation.weight.abs().sum() > 0
+    assert tiny.generate(pipe).isfinite().all()
+    pipe.register_modules(**before)
+    assert pipe.unet is unet
+
+
+def held_out(folder):
+    return json.loads((folder / "alignment.json").read_text())["held_out_distance"]
+
+
+def test_alignment_beats_an_untrained_bridge_on_held_out_prompts(tmp_path):
+    pipe = tiny.stable_diffusion()
+    own = pipe.text_encoder
+    none = AlignmentOptions(**SHORT | {"token_steps": 0, "denoiser_steps": 0, "closed_form_prompts": 0})
+    solved = AlignmentOptions(**SHORT | {"token_steps": 0, "denoiser_steps": 0, "closed_form_prompts": 256})
+    trained = AlignmentOptions(**SHORT | {"token_steps": 60, "denoiser_steps": 10, "closed_form_prompts": 256})
+    distances = []
+    for name, options in {"none": none, "solved": solved, "trained": trained}.items():
+        align(pipe, tiny.text_encoder("bert"), prompts(300), tmp_path / name, options)
+        distances.append(held_out(tmp_path / name))
+    assert distances[0] > distances[1] > distances[2]
+    assert pipe.text_encoder is own
+
+
+def test_a_killed_alignment_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    options = AlignmentOptions(**SHORT)
+
+    def run(out):
+        return align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), out, options)
+
+    whole = run(tmp_path / "whole")
+    from textcond.pipelines.alignment.align import Aligner
+
+    for stage, at in [("_token_step", 4), ("_denoiser_step", 3)]:
+        step_of = getattr(Aligner, stage)
+
+        def cut(self, module, step, at=at, step_of=step_of):
+            if step == at:
+                raise KeyboardInterrupt
+            return step_of(self, module, step)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Aligner, stage, cut)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "cut")
+    resumed = run(tmp_path / "cut")
+    for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(one, two), name
+    assert not (tmp_path / "cut" / "alignment" / "teacher").exists()
+
+
+def test_a_folder_begun_otherwise_is_refused(tmp_path):
+    align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), tmp_path, AlignmentOptions(**SHORT))
+    other = AlignmentOptions(**SHORT | {"learning_rate": 0.5})
+    with pytest.raises(ValueError, match="begun with another learning_rate"):
+        align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), tmp_path, other)
+    with pytest.raises(ValueError, match="begun with another prompts"):
+        align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(50), tmp_path, AlignmentOptions(**SHORT))
+
+
+def test_an_adapter_is_merged_and_changes_the_backbone(tmp_path):
+    encoder = tiny.text_encoder("bert")
+    before = {name: tensor.clone() for name, tensor in encoder.backbone.state_dict().items()}
+    options = AlignmentOptions(**SHORT | {"lora_rank": 4})
+    align(tiny.stable_diffusion(), encoder, prompts(), tmp_path, options)
+    saved = ConditioningEncoder.from_pretrained(tmp_path).backbone.state_dict()
+    assert saved.keys() <= before.keys()
+    changed = [name for name, tensor in saved.items() if not torch.equal(tensor, before[name])]
+    assert any("query" in name for name in changed)
+    assert not any("embeddings" in name for name in changed)
+
+
+def test_without_an_adapter_the_backbone_stays_bit_for_bit(tmp_path):
+    encoder = tiny.text_encoder("bert")
+    before = {name: tensor.clone() for name, tensor in encoder.backbone.state_dict().items()}
+    made = align(tiny.stable_diffusion(), encoder, prompts(), tmp_path, AlignmentOptions(**SHORT))
+    for name, tensor in made.backbone.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"guidance_scale": (0.5, 2.0)}, "guidance_scale=0.5,2.0"),
+        ({"token_steps": -1}, "token_steps=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"mixed_precision": "fp8"}, "mixed_precision='fp8'"),
+    ],
+)
+def test_a_bad_option_is_named(option, message):
+    with pytest.raises(ValueError, match=message):
+        AlignmentOptions(**option)
+
+
+def test_a_guidance_of_one_asks_for_the_empty_prompt_by_itself(tmp_path):
+    options = AlignmentOptions(**SHORT | {"guidance_scale": (1.0, 1.0)})
+    align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), tmp_path, options)
+    assert np.isfinite(held_out(tmp_path))
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    one = align_for_processes(tmp_path / "one").state_dict()
+    done = subprocess.run(
+        [*script, str(tmp_path / "two")], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = ConditioningEncoder.from_pretrained(tmp_path / "two").state_dict()
+    start = align_for_processes(tmp_path / "start", token_steps=0, denoiser_steps=0).state_dict()
+    trained = [name for name in two if name.startswith("bridge")]
+    apart = torch.cat([(two[name] - one[name]).flatten() for name in trained]).norm()
+    moved = torch.cat([(start[name] - one[name]).flatten() for name in trained]).norm()
+    # A last-bit difference can cross a bfloat16 rounding inside Muon.
+    assert apart < 0.05 * moved
+
+
+def align_for_processes(out, **changes):
+    options = AlignmentOptions(**SHORT | {"contrast_weight": 1.0} | changes)
+    return align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), out, options)
+
+
+@pytest.mark.slow
+def test_a_polite_kill_leaves_a_checkpoint_that_goes_on(tmp_path):
+    child = subprocess.Popen([sys.executable, __file__, str(tmp_path / "out"), "100000"], stderr=subprocess.PIPE)
+    checkpoint = tmp_path / "out" / "alignment" / "tokens" / "log.jsonl"
+    for _ in range(600):
+        if checkpoint.exists():
+            break
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    child.wait(60)
+    mark = json.loads((tmp_path / "out" / "alignment" / "tokens" / "checkpoint" / "step.json").read_text())
+    assert mark["step"] >= 100
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    align_for_processes(Path(sys.argv[1]), **({"token_steps": int(sys.argv[2])} if len(sys.argv) > 2 else {}))

