@@ -30,6 +30,10 @@ def align(
         Path | None,
         typer.Option(metavar="FILE", help="Prompts that nothing trains on; some of PROMPTS if left out."),
     ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Pictures with metadata.jsonl (file_name, text), for an extra loss."),
+    ] = None,
     slot: Annotated[str | None, typer.Option(help="Encoder to replace; all that one can serve if left out.")] = None,
     bridge: Annotated[
         str | None, typer.Option(help="resampler, linear or mlp; what the pipeline needs if left out.")
@@ -87,7 +91,7 @@ def align(
         mixed_precision=mixed_precision,
     )
     pipe = load_pipeline(pipeline, device=device, dtype="float32")
-    made = run(pipe, _load(find_encoder(encoder)), prompts, out, options, held_out=held_out)
+    made = run(pipe, _load(find_encoder(encoder)), prompts, out, options, held_out=held_out, pictures=pictures)
     if report:
         from textcond.folders import read_json
 

@@ -102,7 +102,7 @@ class TimestepResampler(ResamplerBridge):
             timestep = torch.as_tensor(timestep, device=states.device).reshape(-1)
             time = F.silu(self.time_embedding(self.time_proj(timestep).to(states.dtype)))
             queries = queries + self.time_queries(time)[:, None]
-        projected = self.proj_in(states)
+        projected = self.placed(states, keep)
         mask = torch.cat([keep, keep.new_ones(len(keep), self.queries.shape[0])], dim=1)[:, None, None, :]
         for block in self.blocks:
             queries = block(queries, projected, mask, time)

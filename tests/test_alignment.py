@@ -12,6 +12,7 @@ import tiny
 import tiny_families
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from textcond import ConditioningEncoder
 from textcond.pipelines import swap_text_encoder
@@ -19,6 +20,7 @@ from textcond.pipelines.alignment import AlignmentOptions, align, read_prompts
 from textcond.pipelines.alignment.attention import AttentionProbe
 from textcond.pipelines.alignment.closed_form import RidgeRegression
 from textcond.pipelines.alignment.losses import Statistics, contrast, regression
+from textcond.pipelines.alignment.pictures import CaptionedPictures
 from textcond.pipelines.alignment.rounds import effects, mixed, visited
 from textcond.pipelines.alignment.teacher import TeacherStates
 from textcond.pipelines.families import condition, denoiser_of
@@ -216,6 +218,69 @@ def test_the_teacher_answers_a_mixed_question_as_it_did_on_its_way(kind):
     )
     assert torch.allclose(silent, visit.unconditional, atol=1e-4)
     assert (effects(visits) > 0).all()
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (20, 30), colour).save(folder / f"{number}.png")
+    rows = [{"file_name": f"{number}.png", "text": f"picture {number}"} for number in range(3)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "velocity", "flow matching"])
+def test_the_answer_to_a_noised_picture_leads_back_to_it(pictures, kind):
+    pipe = PIPELINES[kind]()
+    call = {"num_inference_steps": 2, "guidance_scale": 3.0, **SIZE}
+    visit = visited(pipe, prompts(3), range(3), condition(pipe, [""]), **call)[0]
+    found = CaptionedPictures(pipe, pictures)
+    rows = np.array([2, 0, 1])
+    question, answer = found.question(rows, visit, torch.Generator().manual_seed(0))
+    assert found.texts(rows) == ["picture 2", "picture 0", "picture 1"]
+    name = "sample" if "sample" in visit.inputs else "hidden_states"
+    noisy, timestep = question.inputs[name], question.inputs["timestep"]
+    clean = torch.cat([found._latents(pictures / f"{row}.png", noisy.shape[-2:]) for row in rows])
+    if kind == "flow matching":
+        recovered = noisy - timestep[:, None, None, None] / 1000 * answer
+    else:
+        alpha = pipe.scheduler.alphas_cumprod[timestep][:, None, None, None]
+        if kind == "epsilon":
+            recovered = (noisy - (1 - alpha).sqrt() * answer) / alpha.sqrt()
+        else:
+            recovered = alpha.sqrt() * noisy - (1 - alpha).sqrt() * answer
+    assert torch.allclose(recovered, clean, atol=1e-3)
+    assert replay(denoiser_of(pipe), question, condition(pipe, found.texts(rows))).shape == answer.shape
+
+
+def test_captioned_pictures_change_what_is_learned(tmp_path, pictures):
+    options = AlignmentOptions(**SHORT | {"token_steps": 0})
+    weights = [
+        align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), tmp_path / name, options, pictures=folder)
+        for name, folder in {"with": pictures, "without": None}.items()
+    ]
+    one, two = (model.bridge.out_proj.weight for model in weights)
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "line 2: give"),
+        ('{"file_name": "0.png"}', "line 2: give"),
+        ('{"file_name": "gone.png", "text": "x"}', r"line 2: there is no picture .*gone\.png"),
+    ],
+)
+def test_a_bad_line_of_the_pictures_is_named(pictures, line, message):
+    good = '{"file_name": "0.png", "text": "x"}'
+    (pictures / "metadata.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        CaptionedPictures(tiny.stable_diffusion(), pictures)
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------

