@@ -1,0 +1,107 @@
+"""The recipes of the field and ours on one denoiser with one budget of CPU time, judged by the pictures.
+
+    python tests/benchmarks/bench_alignment.py --encoder ENCODER --prompts prompts.tsv --out runs/alignment --minutes 5
+
+Each row trains the same bridge from the same seed; how many steps its minutes buy is measured first. The cases are the
+held-out ones that ship. Interrupted, the same command goes on.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # read when torch and tokenizers are loaded
+
+from textcond import TextEncoder
+from textcond.folders import read_json, write_json
+from textcond.pipelines import AlignmentOptions, align, load_reference
+from textcond.pipelines.evaluation import EmojiJudge, evaluate_conditioning, read_cases
+from textcond.pipelines.reference.held_out import CASES, KINDS
+
+NONE = {"token_weight": 0.0, "attention_weight": 0.0, "contrast_weight": 0.0}
+# Shares of the budget for the token stage and for the denoiser stage, and what is changed.
+ROWS = {
+    "closed form": (0.0, 0.0, {}),
+    "token MSE": (1.0, 0.0, {**NONE, "token_weight": 1.0}),
+    "pooled InfoNCE": (1.0, 0.0, {**NONE, "contrast_weight": 1.0}),
+    "attention": (1.0, 0.0, {**NONE, "attention_weight": 1.0}),
+    "all without the denoiser": (1.0, 0.0, {}),
+    "all": (0.7, 0.3, {}),
+}
+CALIBRATION = 12  # steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=5.0, help="CPU minutes a row")
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS))
+    parser.add_argument("--kind", choices=KINDS, action="append")
+    parser.add_argument("--limit", type=int, help="cases of each language")
+    arguments = parser.parse_args()
+    pipe = load_reference()
+    prompts = arguments.prompts.read_text(encoding="utf-8").splitlines()
+    shared = {
+        "lora_rank": arguments.lora_rank,
+        "learning_rate": arguments.learning_rate,
+        "layers": "average",
+        "mixed_precision": "bf16",
+        "validate_every": 1_000_000,
+    }
+    for row in arguments.rows:
+        folder = arguments.out / row.replace(" ", "-")
+        if not (folder / "alignment.json").is_file():
+            steps = planned(pipe, prompts, row, shared, arguments)
+            started = time.process_time()
+            align(pipe, TextEncoder.from_pretrained(arguments.encoder), prompts, folder, steps)
+            print(
+                f"{row}: {steps.token_steps} + {steps.denoiser_steps} steps, {time.process_time() - started:.0f} CPU s"
+            )
+    for kind in arguments.kind or KINDS:
+        report = evaluate_conditioning(
+            pipe,
+            {row: arguments.out / row.replace(" ", "-") for row in arguments.rows},
+            read_cases(CASES / f"{kind}.jsonl", arguments.limit),
+            judge=EmojiJudge(),
+            backbone=arguments.encoder,
+            cache=arguments.out / "cache",
+            show_progress_bar=True,
+        )
+        print(report.save(arguments.out / kind))
+
+
+def planned(pipe, prompts: list[str], row: str, shared: dict, arguments: argparse.Namespace) -> AlignmentOptions:
+    """Options whose steps take about the budget, measured once and kept for the run that goes on."""
+    tokens, denoiser, changes = ROWS[row]
+    note = arguments.out / f"{row.replace(' ', '-')}.json"
+    if not note.is_file():
+        seconds = {}
+        for stage, share in (("token_steps", tokens), ("denoiser_steps", denoiser)):
+            none = {"token_steps": 0, "denoiser_steps": 0}
+            spent = [
+                cpu_seconds(pipe, prompts[:5000], shared | changes | none | {stage: count}, arguments.encoder)
+                for count in ((0, CALIBRATION) if share else ())
+            ]
+            step = (spent[1] - spent[0]) / CALIBRATION if share else 1.0
+            seconds[stage] = max(1, round(60 * arguments.minutes * share / step)) if share else 0
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, seconds)
+    return AlignmentOptions(**shared | changes | read_json(note))
+
+
+def cpu_seconds(pipe, prompts: list[str], options: dict, encoder: str) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.process_time()
+        text_encoder = TextEncoder.from_pretrained(encoder)
+        align(pipe, text_encoder, prompts, folder, AlignmentOptions(**options), held_out=["a picture"])
+        return time.process_time() - started
+
+
+if __name__ == "__main__":
+    main()
