@@ -49,7 +49,7 @@ def align(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts of a step between token states.")] = 64,
     denoiser_batch_size: Annotated[int, typer.Option(min=1, help="Texts of a step through the denoiser.")] = 16,
     guidance: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Guidance of the teacher's sampling.")] = "2,5",
-    learning_rate: Annotated[float, typer.Option(min=0, help="Of the bridge's matrices.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of the bridge's matrices.")] = 4e-3,
     patience: Annotated[
         int | None, typer.Option(min=1, help="Scores in a row without a better one that end a stage.")
     ] = None,

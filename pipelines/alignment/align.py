@@ -123,14 +123,13 @@ class Aligner:
         self._claim()
         if options.lora_rank:
             self._add_adapter()
-        denoiser_of(pipe).requires_grad_(False)
         self.trained = _Trained(self.encoder, self.connector)
         self.cast = torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16")
         self.sampling = {"num_inference_steps": options.num_inference_steps, **options.call}
 
     def run(self) -> ConditioningEncoder:
         """Run what is left of the steps, and write the encoder."""
-        with _quiet():
+        with _quiet(), _frozen(denoiser_of(self.teacher_pipe)):
             return self._run()
 
     def _run(self) -> ConditioningEncoder:
@@ -459,6 +458,19 @@ class _Trained(nn.Module):
 
 def _parts(encoder: ConditioningEncoder) -> tuple[nn.Module | None, ...]:
     return encoder.bridge, encoder.pooled_bridge, encoder.layer_average
+
+
+@contextmanager
+def _frozen(denoiser: nn.Module) -> Iterator[None]:
+    """Without gradients of the denoiser's weights, which are as they were afterwards."""
+    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_()
 
 
 @contextmanager

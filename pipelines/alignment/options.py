@@ -60,7 +60,7 @@ class AlignmentOptions:
     empty_weight: float = 0.1
     contrast_weight: float = 0.1
     picture_weight: float = 0.1
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     held_out: int = 64
     validate_every: int = 250
     patience: int | None = None
