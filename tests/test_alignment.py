@@ -363,6 +363,11 @@ def test_a_folder_begun_otherwise_is_refused(tmp_path):
     other = AlignmentOptions(**SHORT | {"learning_rate": 0.5})
     with pytest.raises(ValueError, match="begun with another learning_rate"):
         align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), tmp_path, other)
+    another = tiny.text_encoder("bert")
+    with torch.no_grad():
+        another.backbone.get_input_embeddings().weight.mul_(2)
+    with pytest.raises(ValueError, match="begun with another encoder"):
+        align(tiny.stable_diffusion(), another, prompts(), tmp_path, AlignmentOptions(**SHORT))
     with pytest.raises(ValueError, match="begun with another prompts"):
         align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(50), tmp_path, AlignmentOptions(**SHORT))
 
@@ -425,7 +430,9 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
 
 def align_for_processes(out, **changes):
     # Small steps, so that both runs find the same weights best.
-    options = AlignmentOptions(**SHORT | {"contrast_weight": 1.0, "learning_rate": 1e-3} | changes)
+    options = AlignmentOptions(
+        **SHORT | {"contrast_weight": 1.0, "learning_rate": 1e-3, "denoiser_batch_size": 8} | changes
+    )
     return align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), out, options)
 
 

@@ -32,7 +32,7 @@ from .options import AlignmentOptions
 from .pictures import CaptionedPictures, denoiser_error
 from .prompts import AlignmentPrompts, read_prompts
 from .rounds import Visit, effects, mixed, visited
-from .teacher import TeacherStates, fingerprint
+from .teacher import TeacherStates, fingerprint, weights_hash
 
 PROBED_PROMPTS = 16  # whose trajectories give the queries of the attention loss
 POOL = 16  # batches that are drawn together and sorted by length
@@ -186,9 +186,7 @@ class Aligner:
 
     def _token_step(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         """Step 1: the student's token states and pooled vectors against the teacher's."""
-        indices, texts = self._draw(step)
-        value, figures = self._conditioning_loss(indices, texts, step)
-        return value, figures
+        return self._conditioning_loss(*self._draw(step), step)
 
     def _say(self, texts: list[str]) -> Conditioning:
         """The student's conditioning, as the denoiser's cross-attention will read it."""
@@ -227,12 +225,13 @@ class Aligner:
 
     def _denoiser_step(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         """Step 2: the denoiser's output under the student's text against that under the teacher's."""
-        visits, texts, seed = self._round(step)
-        rows = np.arange(len(texts))
-        visit = mixed(visits, (step + rows + seed) % len(visits))
-        effect = self.accelerator.reduce(effects(visits), "mean")[(step + rows + seed) % len(visits)]
+        visits, texts, first = self._round(step)
+        # By its place in the joint batch, so that it is the same on any number of processes.
+        places = step + first + np.arange(len(texts))
+        visit = mixed(visits, places % len(visits))
+        effect = self.accelerator.reduce(effects(visits), "mean")[places % len(visits)]
         # The empty prompt is half of every guided step, and one text: it takes the place of one prompt in eight.
-        silent = (rows + step) % 8 == 7
+        silent = places % 8 == 7
         answer = torch.where(_column(silent, visit.output), visit.unconditional, visit.output)
         said = ["" if quiet else text for text, quiet in zip(texts, silent)]
         with self.cast:
@@ -242,12 +241,9 @@ class Aligner:
         if self.pictures is not None:
             drawn = self._pictured(visits[0], step).mean()
             value, figures = value + self.options.picture_weight * drawn, figures | {"pictures": drawn.item()}
+        tokens, more = self._conditioning_loss(*self._draw(step + self.options.token_steps), step)
         remaining = 1 - step / self.options.denoiser_steps
-        if remaining > 0:
-            extra_indices, extra = self._draw(step + self.options.token_steps)
-            tokens, more = self._conditioning_loss(extra_indices, extra, step)
-            value, figures = value + remaining * tokens, figures | more
-        return value, figures
+        return value + remaining * tokens, figures | more
 
     def _pictured(self, like: Visit, step: int) -> Tensor:
         """The denoiser's own loss on real pictures under the student's captions, `(rows,)`."""
@@ -426,7 +422,8 @@ class Aligner:
             "prompts": self.training.fingerprint(),
             "held_out_prompts": self.held_out.fingerprint(),
             "teacher": fingerprint(self.teacher_pipe, []),
-            "encoder": self.encoder.config.to_dict()["backbone_class"],
+            "encoder": weights_hash(self.encoder),
+            "pictures": self.pictures and [text for _, text in self.pictures.rows],
         }
         now.pop("save_every")
         if file.is_file():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from textcond.pipelines.contracts import slots_of
 from textcond.pipelines.families import Conditioning, condition
@@ -93,12 +93,19 @@ def fingerprint(pipe: DiffusionPipeline, texts: Sequence[str]) -> str:
     """A hash of the teacher's weights and of the texts."""
     digest = hashlib.sha256()
     for slot in slots_of(pipe):
-        encoder = getattr(pipe, slot, None)
-        for name, tensor in encoder.state_dict().items() if encoder is not None else ():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        if (encoder := getattr(pipe, slot, None)) is not None:
+            digest.update(weights_hash(encoder).encode())
     for text in texts:
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """A hash of every name and value of a module's state."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.reference.multilingual import name_task
-from pipelines.reference.phrases import ALIGNED, UNSEEN
 from textcond import TextEncoder
 from textcond.evaluation import RetrievalTask, evaluate_retrieval
+from textcond.pipelines.reference.multilingual import name_task
+from textcond.pipelines.reference.phrases import ALIGNED, UNSEEN
 
 METRICS = ("nDCG@10", "R@10")
 
