@@ -37,6 +37,29 @@ def build(
 
 
 @app.command()
+def multilingual(
+    out: Annotated[Path, typer.Option(help="Working folder; the finished encoder is OUT/encoder.")],
+    packages: Annotated[
+        Path, typer.Option(help="A node_modules folder with the text packages; see `pipelines/reference/phrases.py`.")
+    ],
+    data: Annotated[Path, typer.Option(help="Data of `reference build`: concepts and artwork.")] = Path(
+        "runs/emoji/data"
+    ),
+    teacher: Annotated[str, typer.Option(metavar="FOLDER|ID", help="The encoder that is distilled.")] = (
+        "intfloat/multilingual-e5-small"
+    ),
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Run this stage alone (repeatable): phrases, vocabulary, teacher ...")
+    ] = None,
+) -> None:
+    """Make the multilingual encoder: phrases, vocabulary, distillation, fine-tuning, alignment. Ctrl-C is safe."""
+    from textcond.pipelines.reference.multilingual import STAGES, build_multilingual
+
+    build_multilingual(out, stage or STAGES, phrases=out / "phrases", teacher=teacher, packages=packages, data=data)
+    print(out / "encoder")
+
+
+@app.command()
 def index(
     encoder: Annotated[str, typer.Option("--encoder", "-e", help="Folder, hub id or open_clip:MODEL/PRETRAINED.")],
     out: Annotated[Path, typer.Option(help="The index folder to write.")],

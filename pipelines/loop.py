@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from textcond.files import read_tensors, write_mark, write_tensors
 from textcond.folders import read_json
+from textcond.precision import bfloat16
 
 from .optimizers import MuonAdamW
 
@@ -119,7 +120,7 @@ def fit(
     module.to(accelerator.device)
     # Neither accelerate's precision, which is one for the whole process, nor its wrapper for distributed training: the
     # loss may reach the weights without the module's forward.
-    prepared = _InBfloat16(module, accelerator.device.type) if bf16 else module
+    prepared = _InBfloat16(module, accelerator.device) if bf16 else module
     optimizer = MuonAdamW(module, learning_rate, adam_rate, weight_decay)
     state = _State(module, optimizer, Ema(module, ema) if ema else None)
     checkpoint = out / "checkpoint"
@@ -175,12 +176,12 @@ def fit(
 
 
 class _InBfloat16(nn.Module):
-    def __init__(self, module: nn.Module, device_type: str):
+    def __init__(self, module: nn.Module, device: torch.device):
         super().__init__()
-        self.module, self.device_type = module, device_type
+        self.module, self.device = module, device
 
     def forward(self, *args, **kwargs):
-        with torch.autocast(self.device_type, torch.bfloat16):
+        with bfloat16(self.device):
             output = self.module(*args, **kwargs)
         return convert_to_fp32(output)
 

@@ -372,16 +372,28 @@ def test_a_folder_begun_otherwise_is_refused(tmp_path):
         align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(50), tmp_path, AlignmentOptions(**SHORT))
 
 
-def test_an_adapter_is_merged_and_changes_the_backbone(tmp_path):
+@pytest.mark.parametrize("change", [{"lora_rank": 4}, {"train_backbone": True}])
+def test_what_changes_the_backbone_leaves_its_embeddings(change, tmp_path):
     encoder = tiny.text_encoder("bert")
     before = {name: tensor.clone() for name, tensor in encoder.backbone.state_dict().items()}
-    options = AlignmentOptions(**SHORT | {"lora_rank": 4})
+    options = AlignmentOptions(**SHORT | change)
     align(tiny.stable_diffusion(), encoder, prompts(), tmp_path, options)
     saved = ConditioningEncoder.from_pretrained(tmp_path).backbone.state_dict()
     assert saved.keys() <= before.keys()
     changed = [name for name, tensor in saved.items() if not torch.equal(tensor, before[name])]
     assert any("query" in name for name in changed)
     assert not any("embeddings" in name for name in changed)
+
+
+def test_a_backbone_that_changes_keeps_its_vectors_for_retrieval(tmp_path):
+    texts = prompts()
+    before = tiny.text_encoder("bert").encode(texts)
+    cosines = {}
+    for weight in (0.0, 10.0):
+        options = AlignmentOptions(**SHORT | {"train_backbone": True, "token_steps": 12, "retrieval_weight": weight})
+        made = align(tiny.stable_diffusion(), tiny.text_encoder("bert"), texts, tmp_path / str(weight), options)
+        cosines[weight] = (made.text_encoder.encode(texts) * before).sum(1).mean()
+    assert cosines[0.0] < cosines[10.0]
 
 
 def test_without_an_adapter_the_backbone_stays_bit_for_bit(tmp_path):
@@ -398,6 +410,7 @@ def test_without_an_adapter_the_backbone_stays_bit_for_bit(tmp_path):
         ({"guidance_scale": (0.5, 2.0)}, "guidance_scale=0.5,2.0"),
         ({"token_steps": -1}, "token_steps=-1"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"lora_rank": 2, "train_backbone": True}, "give one of them"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8'"),
     ],
 )

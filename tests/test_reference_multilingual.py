@@ -1,6 +1,7 @@
 """Phrases and the multilingual encoder's recipe, at tiny size."""
 
 import json
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,12 @@ import tiny
 import torch
 from transformers import AutoTokenizer, ElectraModel
 
-from textcond import TextEncoder
+from textcond import ConditioningEncoder, TextEncoder
 from textcond.evaluation import evaluate_retrieval
+from textcond.files import read_tensors
 from textcond.folders import read_json
+from textcond.pipelines import swapped
+from textcond.pipelines.alignment import AlignmentOptions
 from textcond.pipelines.reference import multilingual, phrases
 from textcond.pipelines.reference.data import (
     COLOURS,
@@ -22,13 +26,16 @@ from textcond.pipelines.reference.data import (
     is_held_out,
     is_held_out_concept,
     is_unseen_concept,
+    read_concepts,
 )
 from textcond.pipelines.reference.multilingual import (
+    AlignRecipe,
     DistilBatches,
     DistilRecipe,
     FinetuneRecipe,
     MultilingualRecipe,
     StudentRecipe,
+    alignment_prompts,
     build_multilingual,
     name_task,
     new_student,
@@ -193,6 +200,19 @@ TINY = MultilingualRecipe(
     student=StudentRecipe(layers=(0, 1), embedding=16, max_length=32),
     distil=DistilRecipe(steps=12, batch=16, bank=16),
     finetune=FinetuneRecipe(pairs=40, steps=3, batch=8, negatives=1),
+    align=AlignRecipe(
+        options=AlignmentOptions(
+            token_steps=2,
+            denoiser_steps=1,
+            closed_form_prompts=16,
+            batch_size=4,
+            denoiser_batch_size=2,
+            num_inference_steps=2,
+            held_out=4,
+            train_backbone=True,
+            tokens=16,
+        )
+    ),
 )
 
 
@@ -302,8 +322,9 @@ def test_the_bank_never_holds_the_text_itself(built, teacher, tmp_path):
     assert torch.equal(batch.false_negatives(), same)
 
 
-def test_the_recipe_runs_whole_and_what_is_finished_stays(built, teacher, tmp_path):
-    options = {"phrases": built, "teacher": teacher, "recipe": TINY}
+def test_the_recipe_runs_whole_and_what_is_finished_stays(built, teacher, data, tmp_path):
+    pipe = tiny.stable_diffusion()
+    options = {"phrases": built, "teacher": teacher, "recipe": TINY, "data": data, "pipeline": pipe}
     with pytest.raises(FileNotFoundError, match="run stage vocabulary first"):
         build_multilingual(tmp_path / "out", ["distil"], **options)
     out = build_multilingual(tmp_path / "out", **options)
@@ -318,10 +339,27 @@ def test_the_recipe_runs_whole_and_what_is_finished_stays(built, teacher, tmp_pa
     before = (out / "distil" / "encoder" / "model.safetensors").stat().st_mtime_ns
     build_multilingual(tmp_path / "out", **options)
     assert (out / "distil" / "encoder" / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="no stage 'ship'"):
-        build_multilingual(tmp_path / "out", ["ship"], **options)
+    shipped = ConditioningEncoder.from_pretrained(out / "encoder")
+    assert {tensor.dtype for tensor in read_tensors(out / "encoder" / "model.safetensors").values()} == {torch.float16}
+    with swapped(pipe, shipped):
+        assert len(pipe("猫", num_inference_steps=1, output_type="np").images) == 1
+    with pytest.raises(ValueError, match="no stage 'polish'"):
+        build_multilingual(tmp_path / "out", ["polish"], **options)
     with pytest.raises(ValueError, match="pass packages="):
         build_multilingual(tmp_path / "out", ["phrases"], **{**options, "phrases": tmp_path / "none"})
+
+
+def test_alignment_reads_no_held_out_combination_and_every_aligned_language(built, data):
+    lines = alignment_prompts(built, read_concepts(data), AlignRecipe(concepts=8))
+    captions = [line.split("\t")[0] for line in lines]
+    assert any("\t猫" in line for line in lines)
+    assert not any("묘" in line for line in lines)
+    said = [text for text in captions if "style" in text and "background" in text]
+    assert said
+    for text in said:
+        words = re.fullmatch(r"(.+), (\w+) style, on an? (\w+) background", text)
+        assert not is_held_out(*words.groups())
+    assert not any(re.match(rf"{name}\b", text) for name in HELD_OUT for text in said)
 
 
 def test_distillation_draws_the_student_to_the_teacher(built, teacher, tokenizer, tmp_path):

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -24,6 +25,7 @@ from textcond.pipelines.families import Conditioning, condition, denoiser_of
 from textcond.pipelines.loop import Validation, fit, share, step_generator
 from textcond.pipelines.swap import CONNECTOR, make_encoder, swap_text_encoder
 from textcond.pipelines.trajectories import replay
+from textcond.precision import bfloat16
 
 from .attention import AttentionProbe
 from .closed_form import fit_last_layer
@@ -37,6 +39,7 @@ from .teacher import TeacherStates, fingerprint, weights_hash
 PROBED_PROMPTS = 16  # whose trajectories give the queries of the attention loss
 POOL = 16  # batches that are drawn together and sorted by length
 CHUNK = 32  # held-out prompts that are asked at a time
+ANCHORED = 16  # texts of a step whose vectors are compared with those before the alignment
 
 
 def align(
@@ -62,7 +65,7 @@ def align(
     Args:
         pipe: of a family in `textcond.pipelines.families`; it keeps its own encoder.
         encoder: what is to condition it; a ConditioningEncoder goes on with the bridge that it has. Its bridge, and
-            with `lora_rank` its backbone, are changed in place.
+            with `lora_rank` or `train_backbone` its backbone, are changed in place.
         prompts: see `read_prompts`.
         options: see `AlignmentOptions`.
         held_out: prompts like `prompts` that nothing trains on: the weights that are best on them are kept. None
@@ -121,10 +124,13 @@ class Aligner:
         if not held_out.teacher:
             raise ValueError("one prompt alone leaves none to train on: give at least 2, and better 10,000")
         self._claim()
+        self.anchor: TextEncoder | None = None
+        if options.retrieval_weight and (options.lora_rank or options.train_backbone):
+            self.anchor = copy.deepcopy(self.encoder.text_encoder)
         if options.lora_rank:
             self._add_adapter()
-        self.trained = _Trained(self.encoder, self.connector)
-        self.cast = torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16")
+        self.trained = _Trained(self.encoder, self.connector, options.train_backbone)
+        self.cast = partial(bfloat16, device, options.mixed_precision == "bf16")
         self.sampling = {"num_inference_steps": options.num_inference_steps, **options.call}
 
     def run(self) -> ConditioningEncoder:
@@ -198,7 +204,7 @@ class Aligner:
 
     def _conditioning_loss(self, indices: list[int], texts: list[str], step: int) -> tuple[Tensor, dict[str, float]]:
         options, teacher = self.options, self.states(indices)
-        with self.cast:
+        with self.cast():
             student = self._say([*texts, ""])
             attention = self._attention(student, teacher, step)
         ours = {name: tensor[:-1] for name, tensor in student.items()}
@@ -213,7 +219,19 @@ class Aligner:
         if options.contrast_weight:
             said = torch.tensor(indices, device=distance.device)
             value = value + options.contrast_weight * contrast(ours, teacher, self.known, said, self.accelerator)
+        if self.anchor is not None:
+            moved = self._moved(texts[:ANCHORED])
+            figures["moved"] = moved.item()
+            value = value + options.retrieval_weight * moved
         return value, figures
+
+    def _moved(self, texts: list[str]) -> Tensor:
+        """How far the encoder's vectors of texts are from those before the alignment: twice one minus the cosine."""
+        with torch.no_grad():
+            before = self.anchor.features(texts).dense
+        with self.cast():
+            now = self.encoder.text_encoder.features(texts).dense
+        return (now.float() - before).square().sum(1).mean()
 
     def _attention(self, student: Conditioning, teacher: Conditioning, step: int) -> Tensor | None:
         """The attention loss of each prompt and, last, of the empty one."""
@@ -234,7 +252,7 @@ class Aligner:
         silent = places % 8 == 7
         answer = torch.where(_column(silent, visit.output), visit.unconditional, visit.output)
         said = ["" if quiet else text for text, quiet in zip(texts, silent)]
-        with self.cast:
+        with self.cast():
             ours = replay(denoiser_of(self.student_pipe), visit, condition(self.student_pipe, said))
         error = (ours.float() - answer.float()).square().flatten(1).mean(1) / effect
         value, figures = error.mean(), {"denoiser": error.mean().item()}
@@ -253,7 +271,7 @@ class Aligner:
         # Each process draws noise of its own, as many rows as it has.
         generator = step_generator(self.options.seed + 7 + self.accelerator.process_index, step)
         visit, answer = self.pictures.question(rows, like, generator)
-        with self.cast:
+        with self.cast():
             said = condition(self.student_pipe, self.pictures.texts(rows))
             return denoiser_error(replay(denoiser_of(self.student_pipe), visit, said), answer)
 
@@ -268,7 +286,7 @@ class Aligner:
             indices, texts = self.training.texts(rows)
             guidance = float(rng.uniform(*options.guidance_scale))
             seeds = rng.integers(2**31, size=options.denoiser_batch_size)[mine].tolist()
-            with self.cast:
+            with self.cast():
                 visits = visited(
                     self.teacher_pipe, [self.training.teacher[index] for index in indices], seeds, self.states.empty,
                     guidance_scale=guidance, **self.sampling,
@@ -333,7 +351,7 @@ class Aligner:
         guidance = sum(options.guidance_scale) / 2
         for start in range(0, count, CHUNK):
             indices = range(start, min(start + CHUNK, count))
-            with self.cast:
+            with self.cast():
                 visits = visited(
                     self.teacher_pipe, [self.held_out.teacher[index] for index in indices],
                     [10_000 + index for index in indices], self.states.empty, guidance_scale=guidance, **self.sampling,
@@ -360,7 +378,7 @@ class Aligner:
             asked = visits[:: 2 if len(visits) > 4 else 1]
             errors = []
             for visit, effect in zip(asked, effects(asked)):
-                with self.cast:
+                with self.cast():
                     ours = replay(denoiser_of(self.student_pipe), visit, conditioning)
                 errors.append((ours.float() - visit.output.float()).square().flatten(1).mean(1) / effect)
             shares += torch.stack(errors).mean(0).tolist()
@@ -375,7 +393,7 @@ class Aligner:
             self.probe = None
             return
         generator = torch.Generator().manual_seed(self.options.seed)
-        with self.probe.listening(generator), self.cast:
+        with self.probe.listening(generator), self.cast():
             visited(
                 self.teacher_pipe, [self.training.teacher[index] for index in sample], range(len(sample)),
                 self.states.empty, guidance_scale=sum(self.options.guidance_scale) / 2, **self.sampling,
@@ -442,9 +460,16 @@ class Aligner:
 class _Trained(nn.Module):
     """The parameters that are trained, as a module of their own: what is saved and averaged."""
 
-    def __init__(self, encoder: ConditioningEncoder, connector: nn.Module | None):
+    def __init__(self, encoder: ConditioningEncoder, connector: nn.Module | None, train_backbone: bool):
         super().__init__()
-        own = {id(parameter) for part in _parts(encoder) if part is not None for parameter in part.parameters()}
+        parts = _parts(encoder) + ((encoder.backbone,) if train_backbone else ())
+        own = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+        own -= {
+            id(parameter)
+            for module in encoder.backbone.modules()
+            if isinstance(module, nn.Embedding)
+            for parameter in module.parameters()
+        }
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(id(parameter) in own or "lora_" in name)
             if parameter.requires_grad:

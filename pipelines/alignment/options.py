@@ -17,7 +17,11 @@ class AlignmentOptions:
         bridge_depth: blocks of a resampler.
         tokens: that the denoiser gets; None for as many as it gets now.
         layers: "last", or "average" for a learned average of the backbone's layers.
-        lora_rank: of an adapter on the backbone, merged at the end; 0 leaves the backbone, and so retrieval, untouched.
+        lora_rank: of an adapter on the backbone, merged at the end; 0 for none.
+        train_backbone: train the layers of the backbone too, which a small one needs; its embeddings stay. Without this
+            and without an adapter the backbone, and so retrieval, is untouched.
+        retrieval_weight: of the squared distance between the vectors that a changing backbone gives of texts and those
+            that it gave before, which keeps its retrieval.
         closed_form_prompts: texts of step 0, the ridge regression of the bridge's last layer; 0 leaves it out.
         token_steps: steps of the loss between token states; 0 leaves the stage out.
         denoiser_steps: steps of the loss between the denoiser's outputs; 0 leaves the stage out.
@@ -47,6 +51,8 @@ class AlignmentOptions:
     tokens: int | None = None
     layers: str = "last"
     lora_rank: int = 0
+    train_backbone: bool = False
+    retrieval_weight: float = 1.0
     closed_form_prompts: int = 4096
     token_steps: int = 2000
     denoiser_steps: int = 500
@@ -75,6 +81,8 @@ class AlignmentOptions:
             raise ValueError(f"guidance_scale={low},{high}: give a range from 1 upwards, such as 2,5")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision={self.mixed_precision!r}: use no or bf16")
+        if self.lora_rank and self.train_backbone:
+            raise ValueError("lora_rank and train_backbone both change the backbone: give one of them")
         for name in ("token_steps", "denoiser_steps", "closed_form_prompts", "lora_rank", "cache_limit"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")

@@ -79,6 +79,11 @@ class Concept:
     names: dict[str, str] = field(default_factory=dict)
 
 
+def read_concepts(folder: str | Path) -> list[Concept]:
+    """The concepts that `prepare` wrote, in the order in which they join the training set."""
+    return [Concept(**row) for row in read_json(Path(folder) / "concepts.json")["concepts"]]
+
+
 @dataclass
 class ReferenceData:
     """Rendered artwork. `pixels[row]` is the RGBA picture `(128, 128, 4)` of `icons[row] = (concept index, style)`."""
@@ -93,7 +98,7 @@ class ReferenceData:
         folder = Path(folder)
         meta = read_json(folder / "concepts.json")
         return cls(
-            concepts=[Concept(**row) for row in meta["concepts"]],
+            concepts=read_concepts(folder),
             icons=[tuple(icon) for icon in meta["icons"]],
             pixels=np.load(folder / "pixels.npy", mmap_mode="r"),
         )

@@ -1,6 +1,6 @@
 """The multilingual encoder that ships: its own vocabulary, four layers of multilingual-e5-small, distilled on phrases.
 
-One resumable recipe, stage by stage: phrases -> vocabulary -> teacher -> distil -> finetune.
+One resumable recipe, stage by stage: phrases -> vocabulary -> teacher -> distil -> finetune -> align -> ship.
 
 The student is an ELECTRA encoder, since that is BERT with an embedding table narrower than the layers: of 9.7 M
 parameters the layers have 7.1 M, and a vocabulary for all languages of CLDR has to do with the rest. Layers are as wide
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import Unigram
 from torch import Tensor, nn
@@ -28,16 +30,18 @@ from transformers import AutoTokenizer, ElectraConfig, ElectraModel, PreTrainedT
 from textcond import TextEncoder, TextEncoderConfig
 from textcond.evaluation import RetrievalTask
 from textcond.features import ContrastiveBatch, Features
-from textcond.files import write_mark
+from textcond.files import half, read_tensors, write_mark, write_tensors
 from textcond.folders import atomic_folder, read_json
 from textcond.losses import InfoNCE, VectorMSE, WeightedSum
+from textcond.pipelines.alignment import AlignmentOptions, align
 from textcond.pipelines.loop import fit, share, step_generator
 from textcond.training import Data, Mining, Recipe, Stage, train
 
-from .data import is_held_out_concept
-from .phrases import build_phrases, digest, read_phrases
+from . import load_reference
+from .data import COLOURS, STYLES, Concept, caption, is_held_out, is_held_out_concept, read_concepts
+from .phrases import ALIGNED, build_phrases, digest, foreign_caption, key, read_phrases
 
-STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune")
+STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune", "align", "ship")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the order of XLM-R
 TEACHER_BLOCK = 4096
 
@@ -437,6 +441,71 @@ def finetune(encoder: Path, phrases: Path, out: Path, recipe: FinetuneRecipe) ->
     return train(Recipe(model=str(encoder), stages=[stage], mixed_precision="bf16", seed=recipe.seed), out)
 
 
+# -- alignment -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AlignRecipe:
+    """What the alignment reads, and how it is trained.
+
+    Three lines in four are captions of what the denoiser can draw, for it is the times that a word is seen which limit
+    an alignment; the rest keeps the encoder from drawing those pictures for any other text.
+
+    Attributes:
+        concepts: how many of the reference data's concepts the denoiser was taught.
+        translations: of each caption, in languages drawn anew.
+        general: share of lines from `prompts.tsv`.
+    """
+
+    concepts: int = 300
+    translations: int = 3
+    general: float = 0.25
+    seed: int = 0
+    options: AlignmentOptions = field(
+        default_factory=lambda: AlignmentOptions(
+            token_steps=5000,
+            denoiser_steps=150,
+            layers="average",
+            train_backbone=True,
+            learning_rate=2e-3,
+            held_out=128,
+            mixed_precision="bf16",
+        )
+    )
+
+
+def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignRecipe) -> list[str]:
+    """Lines of `english TAB other`: captions of what the denoiser knows in all aligned languages, and other phrases.
+
+    Held-out concepts and held-out combinations of style and colour have no caption.
+    """
+    rng = np.random.default_rng(recipe.seed)
+    drawn = concepts[: recipe.concepts]
+    hidden = {key(name) for concept in drawn if is_held_out_concept(concept.name) for name in concept.names.values()}
+    lines: list[str] = []
+    for concept in drawn:
+        if is_held_out_concept(concept.name):
+            continue
+        names = {language: name for language, name in concept.names.items() if language in ALIGNED}
+        names = {language: name for language, name in names.items() if key(name) not in hidden}
+        parts = itertools.product([None, *STYLES], [None, *COLOURS])
+        for style, colour in parts:
+            if style and colour and is_held_out(concept.name, style, colour):
+                continue
+            english = caption(concept, style, colour)
+            lines.append(english)
+            for language in rng.permutation(sorted(names))[: recipe.translations]:
+                lines.append(f"{english}\t{foreign_caption(names[language], language, style, colour)}")
+        if len(concept.keywords) > 1:
+            for style in STYLES:
+                words = ", ".join(rng.permutation(concept.keywords)[: int(rng.integers(1, 4))])
+                lines.append(caption(concept, style, words=words))
+    others = (phrases / "prompts.tsv").read_text(encoding="utf-8").splitlines()
+    count = min(len(others), round(len(lines) * recipe.general / (1 - recipe.general)))
+    lines += [others[place] for place in rng.permutation(len(others))[:count]]
+    return [lines[place] for place in rng.permutation(len(lines))]
+
+
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +517,7 @@ class MultilingualRecipe:
     student: StudentRecipe = field(default_factory=StudentRecipe)
     distil: DistilRecipe = field(default_factory=DistilRecipe)
     finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+    align: AlignRecipe = field(default_factory=AlignRecipe)
 
 
 def build_multilingual(
@@ -458,21 +528,23 @@ def build_multilingual(
     teacher: str | Path = "intfloat/multilingual-e5-small",
     packages: str | Path | None = None,
     data: str | Path | None = None,
+    pipeline: DiffusionPipeline | None = None,
     recipe: MultilingualRecipe | None = None,
 ) -> Path:
     """Run `stages` in order under `out`; what a stage has finished is kept, what it has begun is resumed.
 
     Args:
-        out: the working folder; `out/finetune/encoder` is the encoder after the last stage.
+        out: the working folder; `out/encoder` is what ships.
         stages: names of `STAGES`.
         phrases: the folder of `build_phrases`; stage "phrases" makes it.
         teacher: a BERT-like text encoder.
         packages: for stage "phrases", see `build_phrases`.
-        data: for stage "phrases", the reference data.
+        data: for stages "phrases" and "align", the reference data.
+        pipeline: for stage "align", what the encoder is to condition; None for the reference model.
         recipe: the options.
 
     Raises:
-        ValueError: an unknown stage, or stage "phrases" without `packages` and `data`.
+        ValueError: an unknown stage, stage "phrases" without `packages` and `data`, or stage "align" without `data`.
         FileNotFoundError: a stage whose input no earlier stage has made.
     """
     out, phrases, recipe = Path(out), Path(phrases), recipe or MultilingualRecipe()
@@ -506,6 +578,27 @@ def build_multilingual(
     if "finetune" in stages and not (out / "finetune" / "encoder").is_dir():
         _need(distilled / "encoder", "distil")
         finetune(distilled / "encoder", phrases, out / "finetune", recipe.finetune)
+    if "align" in stages and not (out / "aligned" / "alignment.json").is_file():
+        _need(out / "finetune" / "encoder", "finetune")
+        if data is None:
+            raise ValueError("stage align reads the captions of the reference data: pass data=")
+        lines = alignment_prompts(phrases, read_concepts(data), recipe.align)
+        tuned = TextEncoder.from_pretrained(out / "finetune" / "encoder")
+        align(pipeline or load_reference(), tuned, lines, out / "aligned", recipe.align.options)
+    if "ship" in stages and accelerator.is_main_process:
+        _need(out / "aligned" / "alignment.json", "align")
+        ship(out / "aligned", out / "encoder")
+    return out
+
+
+def ship(aligned: Path, out: Path) -> Path:
+    """Copy an aligned encoder to `out`, its weights in float16."""
+    with atomic_folder(out, owned=("*",)) as folder:
+        for file in sorted(aligned.iterdir()):
+            if file.suffix == ".safetensors":
+                write_tensors(folder / file.name, half(read_tensors(file)))
+            elif file.is_file() and file.name != "alignment.json":
+                shutil.copy(file, folder / file.name)
     return out
 
 
