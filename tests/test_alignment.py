@@ -382,7 +382,7 @@ def test_what_changes_the_backbone_leaves_its_embeddings(change, tmp_path):
     assert saved.keys() <= before.keys()
     changed = [name for name, tensor in saved.items() if not torch.equal(tensor, before[name])]
     assert any("query" in name for name in changed)
-    assert not any("embeddings" in name for name in changed)
+    assert not any("_embeddings" in name for name in changed)
 
 
 def test_a_backbone_that_changes_keeps_its_vectors_for_retrieval(tmp_path):
@@ -394,6 +394,12 @@ def test_a_backbone_that_changes_keeps_its_vectors_for_retrieval(tmp_path):
         made = align(tiny.stable_diffusion(), tiny.text_encoder("bert"), texts, tmp_path / str(weight), options)
         cosines[weight] = (made.text_encoder.encode(texts) * before).sum(1).mean()
     assert cosines[0.0] < cosines[10.0]
+
+
+def test_another_number_of_tokens_is_aligned_by_all_steps(tmp_path):
+    options = AlignmentOptions(**SHORT | {"tokens": 16, "closed_form_prompts": 8})
+    made = align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), tmp_path, options)
+    assert made.config.tokens == 16
 
 
 def test_without_an_adapter_the_backbone_stays_bit_for_bit(tmp_path):

@@ -175,11 +175,13 @@ class Aligner:
 
     def _closed_form(self, sample: np.ndarray) -> None:
         """Step 0: every last layer that maps to a tensor of the conditioning."""
+        with torch.no_grad():
+            given = self._say([""])
         for name, facts in self.known.items():
             bridge = self.connector or self.encoder.bridge
             layer = getattr(bridge if facts.mean.ndim == 2 else self.encoder.pooled_bridge, "out_proj", None)
             # Other slots may share the tensor, and a bridge may give another number of tokens.
-            if layer is None or layer.out_features != facts.mean.shape[-1]:
+            if layer is None or layer.out_features != facts.mean.shape[-1] or given[name].shape[1:] != facts.mean.shape:
                 continue
 
             def run(name: str = name) -> Iterable[Tensor]:
