@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from . import alignment, conditioning, reference, training
+from . import alignment, conditioning, index, reference, training
 from .errors import debugging, one_line
 from .files import check_output
 from .metadata import MAX_SEED, REFERENCE, Parameters, read_parameters, write_png
 from .quiet import quiet_libraries
+from .server.command import serve
 from .vectors import SUFFIXES, chunks, read_lines, vector_writer
 
 if TYPE_CHECKING:
@@ -33,12 +34,15 @@ app = typer.Typer(
 )
 
 app.add_typer(reference.app, name="reference")
+app.add_typer(index.index, name="index")
 app.add_typer(training.evaluation, name="eval")
 training.evaluation.command()(conditioning.conditioning)
+app.command()(index.search)
 app.command()(training.train)
 app.command()(alignment.align)
 app.command()(training.mine)
 app.command()(training.synthesize)
+app.command()(serve)
 
 ENCODE_CHUNK = 1024
 
@@ -89,6 +93,10 @@ def generate(
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures, with seeds SEED, SEED+1 ...")] = 1,
     width: Annotated[int | None, typer.Option(min=8, max=8192, help="Pixels; the pipeline's own if left out.")] = None,
     height: Annotated[int | None, typer.Option(min=8, max=8192, help="Pixels; the pipeline's own if left out.")] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Sampler, such as EulerDiscrete or DDIM; the pipeline's own if left out."),
+    ] = None,
     like: Annotated[
         Path | None,
         typer.Option(
@@ -113,6 +121,7 @@ def generate(
         "height": height,
         "pipeline": pipeline,
         "encoder": encoder,
+        "scheduler": scheduler,
     }
     given = {name: value for name, value in given.items() if value is not None}
     first = (
@@ -139,28 +148,6 @@ def generate(
             write_png(path, image, made)
             _note(f"seed {made.seed}, {made.num_inference_steps} steps, guidance {made.guidance_scale:g}")
             print(name, flush=True)
-
-
-@app.command()
-def search(
-    query: Annotated[str, typer.Argument(help="Words to look for.")],
-    index: Annotated[Path | None, typer.Option("--index", "-i", metavar="FILE", help=_INDEX_HELP)] = None,
-    k: Annotated[int, typer.Option("-k", min=1, max=10_000, help="How many prompts to show.")] = 10,
-    as_json: JsonOption = False,
-) -> None:
-    """Find the prompts nearest in meaning to QUERY, by the encoder that conditions the pictures."""
-    if not query.strip():
-        raise ValueError("the query is empty: pass the words to look for")
-    quiet_libraries()
-    from .finder import open_index
-
-    hits = open_index(index).search(query, k=k)
-    if as_json:
-        rows = [{"score": float(hit.score), "text": hit.text, "id": hit.id, "metadata": hit.metadata} for hit in hits]
-        print(json.dumps(rows, ensure_ascii=False, indent=2))
-    else:
-        for hit in hits:
-            print(f"{hit.score:.3f}  {' '.join(hit.text.split())}")
 
 
 @app.command()
@@ -249,11 +236,24 @@ def studio(
     index: Annotated[Path | None, typer.Option("--index", "-i", metavar="FILE", help=_INDEX_HELP)] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keeps what is made; the user's cache folder if left out.")
+    ] = None,
+    auth: Annotated[
+        str | None,
+        typer.Option(metavar="NAME:PASSWORD", envvar="TEXTCOND_AUTH", help="What visitors must know to see the page."),
+    ] = None,
+    root_path: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where a proxy serves it, such as /studio.")
+    ] = None,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Offer the API as tools over MCP too (pip install 'textcond[mcp]').")
+    ] = False,
 ) -> None:
     """Draw and find in the browser, side by side."""
     from .studio import serve
 
-    serve(host=host, port=port, pipeline=pipeline, index=index, device=device, dtype=dtype)
+    serve(host, port, pipeline, index, device, dtype, pictures=pictures, auth=auth, root_path=root_path, mcp=mcp)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

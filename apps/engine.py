@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from textcond.index.prompt_index import LONGEST_QUERY
+
 from .finder import Finder, open_index
-from .generation import draw
+from .generation import draw, prompt_length
 from .loading import find_encoder, load_pipeline
 from .metadata import NATIVE, REFERENCE, Parameters
 
@@ -18,7 +24,31 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel
 
-KEPT_ENCODERS = 2
+    from textcond import Hit, PromptIndex
+    from textcond.pipelines import Contract
+
+KEPT_ENCODERS = 4
+
+
+@dataclass(frozen=True)
+class Read:
+    """What an encoder makes of a prompt.
+
+    Attributes:
+        tokens, limit: of the prompt, and how many of them are read.
+        mean: of the tokens that the denoiser gets, `(width,)`.
+        seconds: that it took to encode.
+    """
+
+    tokens: int
+    limit: int
+    mean: np.ndarray
+    seconds: float
+
+    def cosine(self, other: Read) -> float:
+        """Between the two means, -1 to 1."""
+        product = np.linalg.norm(self.mean) * np.linalg.norm(other.mean)
+        return float(self.mean @ other.mean / product) if product else 0.0
 
 
 class Engine:
@@ -28,6 +58,8 @@ class Engine:
         pipeline: "reference", a diffusers folder, or a hub id.
         index: the prompts to look in; None is the reference model's.
         device, dtype: as for `load_pipeline`.
+        own_index: where a copy of the reference model's index is made when something is to be saved into it; once it
+            is there, it is looked in.
     """
 
     def __init__(
@@ -36,12 +68,16 @@ class Engine:
         index: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        own_index: Path | None = None,
     ):
+        self.own_index = own_index
         self.name, self.index_path, self.device, self.dtype = pipeline, index, device, dtype
         self._pipe: DiffusionPipeline | None = None
         self._encoders: dict[str, PreTrainedModel] = {}
         self._turn, self._loading, self._opening = threading.Lock(), threading.RLock(), threading.Lock()
+        self._replacing = threading.Lock()
         self._own: Finder | None = None
+        self._copy: PromptIndex | None = None
         self._finders: dict[str, Finder] = {}
 
     @property
@@ -53,12 +89,117 @@ class Engine:
         """Load the pipeline, so that the first picture need not wait for it."""
         self._pipeline()
 
+    def load(
+        self,
+        pipeline: str,
+        device: str | None = None,
+        dtype: str | None = None,
+        on_progress: Callable[[float, str], None] | None = None,
+    ) -> None:
+        """Load another pipeline, and put it in the place of the present one once it is complete and its turn comes.
+
+        Raises:
+            ValueError, OSError: as `load_pipeline` does; the present pipeline stays then.
+        """
+        with self._replacing:
+            loaded = load_pipeline(pipeline, device=device, dtype=dtype, on_progress=on_progress)
+            with self._turn, self._loading:
+                self.name, self.device, self.dtype, self._pipe = pipeline, device, dtype, loaded
+                self._encoders, self._finders = {}, {}
+
+    def contracts(self) -> list[Contract]:
+        """What the pipeline expects of its text encoders."""
+        from textcond.pipelines import inspect_pipeline
+
+        return inspect_pipeline(self._pipeline())
+
+    @property
+    def place(self) -> str:
+        """Where the pipeline is and in what precision; empty before it is loaded."""
+        if (pipe := self._pipe) is None:
+            return ""
+        where = f"{pipe._execution_device}, {str(pipe.dtype).removeprefix('torch.')}"
+        return f"{where}, one part at a time" if _offloaded(pipe) else where
+
     def draw(
         self, parameters: Parameters, on_step: Callable[[int, int, Callable[[], Image | None]], None] | None = None
     ) -> tuple[Image, Parameters]:
         """Make one picture with the encoder that `parameters` name; see `generation.draw`."""
         with self._conditioned(parameters.encoder) as pipe:
             return draw(pipe, parameters, on_step)
+
+    def read(self, prompt: str, encoder: str = NATIVE) -> Read:
+        """What that encoder gives the denoiser for `prompt`.
+
+        Raises:
+            ValueError: the pipeline is of a family that is not supported, or the encoder does not fit it.
+        """
+        import torch
+
+        from textcond.pipelines.families import family_of
+
+        with self._conditioned(encoder) as pipe, torch.inference_mode():
+            arguments = family_of(pipe).arguments
+            began = time.monotonic()
+            tokens = arguments(pipe, [prompt])["prompt_embeds"].float().cpu()
+            seconds = time.monotonic() - began
+            # The last one reads the most: in SDXL and SD3 it is the larger.
+            tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+            length = prompt_length([one for one in tokenizers if one is not None][-1], prompt)
+            return Read(length.tokens, length.limit, tokens[0].mean(0).numpy(), seconds)
+
+    def save(self, path: Path, parameters: Parameters) -> int:
+        """Put a picture file and what made it into the index; the number of rows that are there now.
+
+        The index of the reference model is shipped with it and stays as it is: a copy at `own_index` takes the rows.
+
+        Raises:
+            ValueError: the prompt is empty, or the reference model's index would be written.
+            OSError: it cannot be written.
+        """
+        from PIL import Image
+
+        from textcond import PromptIndex
+
+        if not parameters.prompt.strip():
+            raise ValueError("the picture has an empty prompt: nothing would find it")
+        stored = self._stored()
+        with self._opening:
+            if self.index_path is None and stored.index is not self._copy:
+                if self.own_index is None:
+                    raise ValueError("the reference model's index stays as it is: pass an index of your own")
+                stored.index.save(self.own_index)
+                stored.index = self._copy = PromptIndex.open(self.own_index, stored.encoder)
+            metadata = {name: value for name, value in asdict(parameters).items() if value and name != "prompt"}
+            with Image.open(path) as image:
+                for finder in {id(one): one for one in (stored, *self._finders.values())}.values():
+                    finder.add(parameters.prompt, metadata, image)
+        return len(stored)
+
+    def retrieved(self, parameters: Parameters, k: int = 5) -> tuple[Parameters, list[Hit]]:
+        """Look up what `parameters.retrieval` asks for, a mode and a strength, and fill it in.
+
+        Returns:
+            The parameters with the neighbours, and in the mode "expand" with the longer prompt; and the rows.
+
+        Raises:
+            ValueError: an unknown mode or strength, or a pipeline of a family that is not supported.
+        """
+        from textcond.pipelines.retrieval import MODES, expand, suggest
+
+        mode, strength = parameters.retrieval["mode"], parameters.retrieval["strength"]
+        if mode not in MODES:
+            raise ValueError(f"there is no mode {mode!r}: choose from {', '.join(MODES)}")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength is {strength}: choose from 0, which is off, to 1")
+        hits = suggest(self.finder(parameters.encoder).index, parameters.prompt[:LONGEST_QUERY], k)
+        filled = {"mode": mode, "strength": strength, "neighbours": [[hit.text, hit.score] for hit in hits]}
+        prompt = parameters.prompt
+        if mode == "expand":
+            filled["prompt"] = prompt
+            with self._conditioned(parameters.encoder) as pipe:
+                prompt = expand(pipe, prompt, hits, strength)
+        return replace(parameters, prompt=prompt, retrieval=filled), hits
 
     def can_find(self, encoder: str) -> bool:
         """Whether `finder` answers at once."""
@@ -72,17 +213,22 @@ class Engine:
         Raises:
             ValueError, OSError: the encoder does not exist or does not fit the pipeline, or there is no index.
         """
-        if encoder not in self._finders:
+        finders = self._finders  # `load` puts a new one there
+        if encoder not in finders:
             if encoder == NATIVE and self.name == REFERENCE and self.index_path is None:
-                self._finders[encoder] = self._stored()
+                finders[encoder] = self._stored()
             else:
-                self._finders[encoder] = self._shared(encoder)
-        return self._finders[encoder]
+                finders[encoder] = self._shared(encoder)
+        return finders[encoder]
 
     def _stored(self) -> Finder:
         with self._opening:
             if self._own is None:
-                self._own = Finder(open_index(self.index_path))
+                if self.index_path is None and self.own_index is not None and self.own_index.exists():
+                    self._own = Finder(open_index(self.own_index))
+                    self._copy = self._own.index
+                else:
+                    self._own = Finder(open_index(self.index_path))
         return self._own
 
     def _shared(self, encoder: str) -> Finder:
@@ -103,9 +249,13 @@ class Engine:
         pipe = self._pipeline()
         loaded = None if encoder == NATIVE else self._loaded(encoder)
         with self._turn, contextlib.nullcontext(pipe) if loaded is None else swapped(pipe, loaded):
+            if loaded is not None and _offloaded(pipe):
+                pipe.enable_model_cpu_offload(device=pipe._execution_device)  # hooks the new encoder too
             yield pipe
 
     def _pipeline(self) -> DiffusionPipeline:
+        if (pipe := self._pipe) is not None:  # another one may be loading meanwhile
+            return pipe
         with self._loading:
             if self._pipe is None:
                 self._pipe = load_pipeline(self.name, device=self.device, dtype=self.dtype)
@@ -120,3 +270,7 @@ class Engine:
                 loaded = load_encoder(find_encoder(encoder), dtype=unet.dtype, device=unet.device)
                 self._encoders = dict([*self._encoders.items(), (encoder, loaded)][-KEPT_ENCODERS:])
             return self._encoders[encoder]
+
+
+def _offloaded(pipe: DiffusionPipeline) -> bool:
+    return bool(getattr(pipe, "_all_hooks", None))

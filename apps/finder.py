@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from textcond.index.prompt_index import LONGEST_QUERY
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from textcond import Hit, PromptIndex, TextEncoder
 
 
@@ -23,30 +27,54 @@ def open_index(path: str | Path | None = None) -> PromptIndex:
 
 
 class Finder:
-    """Searches the rows of `index` with its own encoder, or with another one that encodes the texts again, in memory.
+    """Searches the rows of `index` with its own encoder, or with another one that encodes the texts again.
 
-    The rows keep their numbers, and their pictures stay where the index has them.
+    The new vectors are kept in a temporary folder, as long as the finder.
     """
 
     def __init__(self, index: PromptIndex, encoder: TextEncoder | None = None):
-        from textcond.index import PromptIndex
-
-        self.index = index
-        self.rows = index.rows()
-        self.encoder = encoder or index.encoder
-        self.weights_hash = self.encoder.weights_hash()
-        self._searched = index
         if encoder is not None:
-            self._searched = PromptIndex(encoder)
-            self._searched.add([row.text for row in self.rows])
+            self._folder = tempfile.TemporaryDirectory(prefix="textcond-finder-")
+            index = index.rebuild(Path(self._folder.name) / "index", encoder)
+        self.index, self.encoder = index, index.encoder
+        self.weights_hash = self.encoder.weights_hash()
+        self._ids: list[str] | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.index)
 
-    def search(self, query: str, k: int) -> list[Hit]:
-        """The `k` nearest rows, best first."""
-        return [replace(self.rows[hit.id], score=hit.score) for hit in self._searched.search(query, k=k)]
+    @property
+    def sees(self) -> bool:
+        """Whether the encoder reads pictures too."""
+        return hasattr(self.encoder, "encode_image")
+
+    def search(self, query: str, k: int, mode: str = "dense") -> list[Hit]:
+        """The `k` best rows, best first, those with nearly the same text once; the end of a huge query is not read."""
+        return self.index.search(query[:LONGEST_QUERY], k=k, mode=mode)
+
+    def similar(self, row_id: str, k: int) -> list[Hit]:
+        """The `k` rows nearest to one of them, without itself."""
+        return self.index.search(id=row_id, k=k, mode="dense")
+
+    def like(self, image: Image, prompt: str, k: int) -> tuple[list[Hit], str]:
+        """The `k` rows nearest to a picture, and by what: itself if the encoder reads pictures, else its prompt.
+
+        Raises:
+            ValueError: neither is possible.
+        """
+        if self.sees:
+            return self.index.search(image, k=k, mode="dense"), "what is on it"
+        if not prompt.strip():
+            raise ValueError("the encoder of this index reads no pictures, and this one has no prompt")
+        return self.search(prompt, k), "its prompt"
+
+    def add(self, text: str, metadata: dict[str, Any], image: Image) -> None:
+        """Put a row into what is searched; one that is there already is kept once."""
+        self.index.add([text], metadata=[metadata], images=[image])
+        self._ids = None
 
     def sample(self, k: int) -> list[Hit]:
         """`k` rows (or all of fewer), drawn at random."""
-        return random.sample(self.rows, min(k, len(self.rows)))
+        if self._ids is None:
+            self._ids = [row.id for row in self.index.rows()]
+        return self.index.get(random.sample(self._ids, min(k, len(self._ids))))

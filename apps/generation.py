@@ -6,10 +6,12 @@ import importlib.metadata
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .metadata import REFERENCE, Parameters
 from .preview import Preview
+from .schedulers import scheduled
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -36,7 +38,8 @@ def draw(
         The picture, and its parameters with everything filled in that the pipeline decided.
 
     Raises:
-        ValueError: the pipeline makes no pictures, takes no negative prompt though one is given, or refuses a size.
+        ValueError: the pipeline makes no pictures, takes no negative prompt though one is given, or refuses a size or a
+            scheduler.
     """
     import torch
 
@@ -60,17 +63,19 @@ def draw(
         arguments["negative_prompt"] = parameters.negative_prompt
     elif parameters.negative_prompt:
         raise ValueError(f"{type(pipe).__name__} takes no negative prompt: leave it out")
-    if on_step is not None and "callback_on_step_end" in accepted:
-        preview = Preview(pipe)
+    with scheduled(pipe, parameters.scheduler):
+        if on_step is not None and "callback_on_step_end" in accepted:
+            preview = Preview(pipe)
 
-        def step_end(pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
-            preview.follow(step, tensors["latents"])
-            on_step(step + 1, getattr(pipe, "num_timesteps", parameters.num_inference_steps), preview)
-            return {}
+            def step_end(pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
+                preview.follow(step, tensors["latents"])
+                on_step(step + 1, getattr(pipe, "num_timesteps", parameters.num_inference_steps), preview)
+                return {}
 
-        arguments["callback_on_step_end"] = step_end
+            arguments["callback_on_step_end"] = step_end
 
-    output = pipe(parameters.prompt, **arguments)
+        output = pipe(**_conditioning(pipe, parameters), **arguments)
+        scheduler = type(pipe.scheduler).__name__
     if not getattr(output, "images", None):
         raise ValueError(f"{type(pipe).__name__} makes no pictures: pass a text-to-image pipeline")
     if (flags := getattr(output, "nsfw_content_detected", None)) and flags[0]:
@@ -81,11 +86,22 @@ def draw(
         guidance_scale=float(guidance),
         width=image.width,
         height=image.height,
-        scheduler=type(pipe.scheduler).__name__,
+        scheduler=scheduler,
         device=str(pipe.device),
         dtype=str(pipe.dtype).removeprefix("torch."),
         versions={name: importlib.metadata.version(name) for name in ("textcond", "diffusers", "torch")},
     )
+
+
+def _conditioning(pipe: DiffusionPipeline, parameters: Parameters) -> dict[str, Any]:
+    """The prompt as the call takes it, or what stands for it once neighbours are blended in."""
+    retrieval = parameters.retrieval
+    if retrieval.get("mode") != "blend" or not retrieval.get("neighbours"):
+        return {"prompt": parameters.prompt}
+    from textcond.pipelines.retrieval import blend
+
+    neighbours = [SimpleNamespace(text=text, score=score) for text, score in retrieval["neighbours"]]
+    return blend(pipe, parameters.prompt, neighbours, retrieval["strength"])
 
 
 def default_size(pipe: DiffusionPipeline) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .metadata import NATIVE, REFERENCE
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
+    from transformers import PreTrainedModel
 
     from textcond import TextEncoder
 
@@ -20,7 +24,12 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_pipeline(
-    name: str = REFERENCE, *, encoder: str = NATIVE, device: str | None = None, dtype: str | None = None
+    name: str = REFERENCE,
+    *,
+    encoder: str = NATIVE,
+    device: str | None = None,
+    dtype: str | None = None,
+    on_progress: Callable[[float, str], None] | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline, from safetensors only, and swap an encoder into it.
 
@@ -29,6 +38,12 @@ def load_pipeline(
         encoder: "native" leaves the pipeline's own; else a folder or hub id for `swap_text_encoder`.
         device: a torch device; None is the GPU when there is one, else the CPU.
         dtype: one of `DTYPES`; None is float16 on a GPU, float32 elsewhere.
+        on_progress: called between the parts with (share of the bytes that are loaded, what comes next). An exception
+            that it raises ends the loading and reaches the caller.
+
+    Returns:
+        The pipeline on the device; on a GPU whose free memory is too small for it, with its parts in main memory, each
+        moved there when its turn comes (`enable_model_cpu_offload`).
 
     Raises:
         FileNotFoundError, OSError: there is no such folder, and no such pipeline within reach on the hub.
@@ -42,21 +57,73 @@ def load_pipeline(
     from textcond.pipelines import swap_text_encoder
 
     diffusers.utils.logging.disable_progress_bar()  # loading is short, and the caller shows its own
+    tell = on_progress or (lambda share, what: None)
     place = torch_device(device)
     precision = torch_dtype(dtype, place)
     if name == REFERENCE:
         from textcond.pipelines.reference import load_reference
 
+        tell(0, "the reference model")
         pipe = load_reference(dtype=precision, device=place)
     else:
+        tell(0, f"finding {name}")
         folder = find_pipeline(name)
         for file in sorted(folder.rglob("*.safetensors")):
             check_safetensors(file)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=precision, use_safetensors=True).to(place)
+        parts = _large_parts(folder, precision, tell)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=precision, use_safetensors=True, **parts)
+        tell(1, f"moving to {place}")
+        if fits(pipe, place):
+            pipe.to(place)
+        else:
+            pipe.enable_model_cpu_offload(device=place)
     if encoder != NATIVE:
         swap_text_encoder(pipe, find_encoder(encoder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _large_parts(
+    folder: Path, precision: torch.dtype, on_progress: Callable[[float, str], None]
+) -> dict[str, PreTrainedModel | ModelMixin]:
+    """Load the models of a pipeline folder one by one; what the two libraries do not know is left to diffusers."""
+    parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    models = {}
+    for name, kind in parts.items():
+        weights = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
+        if weights and isinstance(kind, list) and kind[0] in ("diffusers", "transformers"):
+            models[name] = (*kind, weights)
+    total, done, loaded = sum(weights for *_, weights in models.values()), 0, {}
+    for name, (library, kind, weights) in models.items():
+        on_progress(done / total, f"{name} ({weights / 1e6:,.0f} MB)")
+        options: dict[str, Any] = {"dtype": precision, "use_safetensors": True}
+        loaded[name] = getattr(importlib.import_module(library), kind).from_pretrained(folder / name, **options)
+        done += weights
+    return loaded
+
+
+# Activations need memory beside the weights: about as much again for small pipelines, less for large ones.
+HEADROOM = 1.3
+
+
+def fits(pipe: DiffusionPipeline, device: torch.device) -> bool:
+    """Whether all of a pipeline finds room in the free memory of a GPU at once; other devices share main memory."""
+    import torch
+
+    if device.type != "cuda":
+        return True
+    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    weights = sum(tensor.nbytes for model in models for tensor in (*model.parameters(), *model.buffers()))
+    free, _ = torch.cuda.mem_get_info(device)
+    return HEADROOM * weights < free
+
+
+def devices() -> list[str]:
+    """The devices of this machine, the usual one first."""
+    import torch
+
+    gpus = [f"cuda:{number}" if number else "cuda" for number in range(torch.cuda.device_count())]
+    return [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
 def find_pipeline(name: str | Path) -> Path:

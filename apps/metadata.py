@@ -1,4 +1,7 @@
-"""What made a picture, and how a PNG carries it: our own JSON, and the `parameters` text that web UIs read."""
+"""What made a picture, and how a PNG carries it: our own JSON, and the `parameters` text that web UIs read.
+
+Other tools' pictures are read by `textcond.index.picture_prompts`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from textcond.files import atomic_file
 
@@ -28,7 +31,6 @@ _TEXT_NAMES = {
     "Model": "pipeline",
     "Text encoder": "encoder",
 }
-_TEXT_FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Parameters:
         pipeline: a diffusers folder or hub id, or "reference".
         encoder: what conditions the pipeline: "native", or the folder or hub id that was swapped in.
         scheduler: class of the sampler.
+        retrieval: what an index gave to the picture, empty for nothing: `mode` ("suggest", "expand" or "blend"),
+            `strength`, `neighbours` as (text, cosine) each, and under `prompt` what was asked before it was expanded.
         device, dtype, versions: where and with what it was made; another device gives a slightly different picture.
 
     Raises:
@@ -60,6 +64,7 @@ class Parameters:
     pipeline: str = REFERENCE
     encoder: str = NATIVE
     scheduler: str | None = None
+    retrieval: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
     dtype: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -70,6 +75,8 @@ class Parameters:
                 getattr(self, name).encode("utf-8")
             except UnicodeEncodeError as error:
                 raise ValueError(f"the {name.replace('_', ' ')} is not valid Unicode text: pass it as UTF-8") from error
+        if not isinstance(self.retrieval, dict):
+            raise TypeError(f"retrieval is {self.retrieval!r:.80}, not a dict")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed {self.seed} is out of range: pass 0 to {MAX_SEED}")
         if self.num_inference_steps < 1:
@@ -105,19 +112,18 @@ class Parameters:
         Raises:
             ValueError: the text has no line of settings, or one of them is malformed.
         """
-        *lines, last = text.strip().split("\n")
-        found = dict(_TEXT_FIELD.findall(last))
+        from textcond.index.picture_prompts import parameters_text
+
+        prompt, negative, found = parameters_text(text)
         if "Steps" not in found or "Seed" not in found:
             raise ValueError(
                 "the picture's `parameters` text names no steps and seed, so it cannot be made again from it"
             )
-        start = next((row for row, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
-        negative = "\n".join(lines[start:]).removeprefix("Negative prompt:").strip()
-        known = {_TEXT_NAMES[name]: _unquoted(value.strip()) for name, value in found.items() if name in _TEXT_NAMES}
+        known = {_TEXT_NAMES[name]: value for name, value in found.items() if name in _TEXT_NAMES}
         try:
             size = [int(number) for number in known["size"].split("x")] if "size" in known else [None, None]
             return cls(
-                prompt="\n".join(lines[:start]),
+                prompt=prompt,
                 negative_prompt=negative,
                 seed=int(known["seed"]),
                 num_inference_steps=int(known["num_inference_steps"]),
@@ -127,7 +133,7 @@ class Parameters:
                 **{name: known[name] for name in ("pipeline", "encoder", "scheduler") if name in known},
             )
         except (ValueError, IndexError) as error:
-            raise ValueError(f"the picture's `parameters` text is malformed: {last[:200]!r} ({error})") from error
+            raise ValueError(f"the picture's `parameters` text is malformed: {text[-200:]!r} ({error})") from error
 
     @classmethod
     def from_json(cls, text: str) -> Parameters:
@@ -162,31 +168,29 @@ def write_png(path: str | Path, image: Image, parameters: Parameters) -> None:
 
 
 def read_parameters(path: str | Path) -> Parameters:
-    """Read what made the PNG at `path`: our JSON when it is there, else a web UI's text.
+    """Read what made the picture at `path`: our JSON when it is there, else what a web UI or another tool wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a PNG, or one that carries no parameters.
+        ValueError: not a PNG, JPEG or WebP, or one that does not tell prompt, seed and steps.
     """
-    from PIL import Image
+    from textcond.index.picture_prompts import made_with, open_picture, picture_texts
 
+    with open_picture(path) as image:
+        texts = picture_texts(image)
+    if _JSON_KEY in texts:
+        return Parameters.from_json(texts[_JSON_KEY])
+    if _TEXT_KEY in texts and not texts[_TEXT_KEY].lstrip().startswith("{"):
+        return Parameters.from_text(texts[_TEXT_KEY])
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            chunks = image.text
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(f"{path} is not a readable PNG: pass one that textcond or a web UI wrote") from error
-    if _JSON_KEY in chunks:
-        return Parameters.from_json(chunks[_JSON_KEY])
-    if _TEXT_KEY in chunks:
-        return Parameters.from_text(chunks[_TEXT_KEY])
-    raise ValueError(f"{path} carries no generation parameters: pass a PNG that textcond or a web UI wrote")
+        found = made_with(texts)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    if missing := [name for name in ("seed", "num_inference_steps") if name not in found]:
+        raise ValueError(f"{path} does not tell its {missing[0]}, so it cannot be made again from it")
+    found.pop("tool")
+    return Parameters(**found)
 
 
 def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
-
-
-def _unquoted(value: str) -> str:
-    return json.loads(value) if value.startswith('"') else value

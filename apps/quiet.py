@@ -22,4 +22,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()
     if "diffusers" in sys.modules:
-        sys.modules["diffusers"].utils.logging.set_verbosity_error()
+        import diffusers  # waits for a thread that is importing it
+
+        diffusers.utils.logging.set_verbosity_error()

@@ -20,7 +20,7 @@ from textcond import ConditioningEncoder
 from textcond.encoder import position_capacity
 from textcond.slot_tokenizer import T5SlotTokenizer
 
-from .family import Conditioning, Family, Slot
+from .family import Conditioning, Family, Slot, passed_as
 
 # CLAP also ranks several waveforms a prompt by the audio that it hears, which no text encoder can.
 _SCORING = "with librosa installed and num_waveforms_per_prompt > 1 also the audio tower of CLAP, which only CLAP has"
@@ -86,6 +86,12 @@ AUDIOLDM2 = Family(
     ),
     "unet",
     _audioldm2,
+    passed_as(
+        _audioldm2,
+        prompt_embeds="encoder_hidden_states_1",
+        attention_mask="encoder_attention_mask_1",
+        generated_prompt_embeds="encoder_hidden_states",
+    ),
     alone=(),
     problems=_audioldm2_problems,
 )
@@ -143,6 +149,7 @@ MUSICLDM = Family(
     ),
     "unet",
     _musicldm,
+    passed_as(_musicldm, prompt_embeds="class_labels"),
     alone=("text_encoder",),
     problems=_musicldm_problems,
 )
@@ -160,6 +167,19 @@ def _stable_audio(pipe: DiffusionPipeline, texts: list[str]) -> Conditioning:
     return {"encoder_hidden_states": torch.cat([embeds, start, end], dim=1)}
 
 
+def _stable_audio_arguments(pipe: DiffusionPipeline, texts: list[str]) -> dict[str, Tensor]:
+    # Its call takes them as they come out of the encoder, and projects them itself.
+    inputs = pipe.tokenizer(
+        texts,
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).to(pipe._execution_device)
+    states = pipe.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask)[0]
+    return {"prompt_embeds": states, "attention_mask": inputs.attention_mask}
+
+
 STABLE_AUDIO = Family(
     "StableAudio",
     (diffusers.StableAudioPipeline,),
@@ -175,5 +195,6 @@ STABLE_AUDIO = Family(
     ),
     "transformer",
     _stable_audio,
+    _stable_audio_arguments,
     alone=("text_encoder",),
 )

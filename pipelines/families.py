@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .audio import AUDIOLDM2, MUSICLDM, STABLE_AUDIO
 from .denoisers import TimestepAwareUNet
-from .family import Conditioning, Family, Slot, Width
+from .family import Conditioning, Family, Slot, Width, passed_as
 
 # Numbers beside the pooled vector in the added conditioning of SDXL: sizes and crop, or crop and an aesthetic score.
 SDXL_TIME_IDS, REFINER_TIME_IDS = 6, 5
@@ -76,6 +76,7 @@ STABLE_DIFFUSION = Family(
     ),
     "unet",
     _stable_diffusion,
+    passed_as(_stable_diffusion, prompt_embeds="encoder_hidden_states"),
     alone=("text_encoder",),
 )
 
@@ -132,6 +133,11 @@ STABLE_DIFFUSION_XL = Family(
     ),
     "unet",
     _stable_diffusion_xl,
+    passed_as(
+        _stable_diffusion_xl,
+        prompt_embeds="encoder_hidden_states",
+        pooled_prompt_embeds="added_cond_kwargs.text_embeds",
+    ),
     alone=("text_encoder_2",),
 )
 
@@ -184,7 +190,9 @@ STABLE_DIFFUSION_3 = Family(
     ),
     "transformer",
     _stable_diffusion_3,
+    passed_as(_stable_diffusion_3, prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="pooled_projections"),
     alone=("text_encoder", "text_encoder_2"),
+    repeats=False,
 )
 
 
@@ -230,7 +238,9 @@ FLUX = Family(
     ),
     "transformer",
     _flux,
+    passed_as(_flux, prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="pooled_projections"),
     alone=("text_encoder", "text_encoder_2"),
+    repeats=False,
 )
 
 
@@ -258,6 +268,7 @@ PIXART = Family(
     ),
     "transformer",
     _pixart,
+    passed_as(_pixart, prompt_embeds="encoder_hidden_states", prompt_attention_mask="encoder_attention_mask"),
     alone=("text_encoder",),
 )
 
@@ -296,7 +307,10 @@ SANA = Family(
     ),
     "transformer",
     _sana,
+    passed_as(_sana, prompt_embeds="encoder_hidden_states", prompt_attention_mask="encoder_attention_mask"),
     alone=("text_encoder",),
+    # It would give the mask of one prompt to another.
+    repeats=False,
 )
 
 IMAGES = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, STABLE_DIFFUSION_3, FLUX, PIXART, SANA)

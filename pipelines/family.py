@@ -77,8 +77,11 @@ class Family:
         denoiser: attribute that holds the denoiser.
         encode: `(pipe, texts)` -> the conditioning of each text, differentiable, by the pipeline's own `encode_prompt`
             as its call uses it.
+        arguments: `(pipe, texts)` -> what its call takes in place of prompts, by argument, `(texts, ...)` each: tokens
+            as `prompt_embeds`, their mask under a name that ends with "attention_mask", and pooled vectors.
         alone: slots that one encoder fills when it serves the whole pipeline, the others being emptied; () where no
             one encoder can.
+        repeats: several pictures of a prompt are had from embeddings that are given once, by an argument of the call.
         problems: `(pipe, component by name)` -> what else is wrong, each with its mend; None for nothing to ask.
     """
 
@@ -87,5 +90,19 @@ class Family:
     slots: tuple[Slot, ...]
     denoiser: str
     encode: Callable[[DiffusionPipeline, list[str]], Conditioning]
+    arguments: Callable[[DiffusionPipeline, list[str]], dict[str, Tensor]]
     alone: tuple[str, ...]
+    repeats: bool = True
     problems: Callable[[DiffusionPipeline, Callable[[str], Any]], list[str]] | None = None
+
+
+def passed_as(
+    encode: Callable[[DiffusionPipeline, list[str]], Conditioning], **names: str
+) -> Callable[[DiffusionPipeline, list[str]], dict[str, Tensor]]:
+    """`Family.arguments` of a pipeline whose call takes its conditioning as it is: argument -> name in it."""
+
+    def arguments(pipe: DiffusionPipeline, texts: list[str]) -> dict[str, Tensor]:
+        conditioning = encode(pipe, texts)
+        return {argument: conditioning[name] for argument, name in names.items()}
+
+    return arguments

@@ -180,7 +180,7 @@ def test_a_traceback_is_there_for_who_asks(run, monkeypatch):
 
 
 def test_search_shows_the_nearest_prompts(run, demo):
-    code, out, _ = run("search", "red fox, noto style", "--index", demo.index, "-k", 3)
+    code, out, _ = run("search", "red fox, noto style", "--index", demo.index, "-k", 3, "--mode", "dense")
     assert code == 0
     assert out.splitlines()[0] == "1.000  red fox, noto style"
     assert len(out.splitlines()) == 3
@@ -193,7 +193,7 @@ def test_search_shows_the_nearest_prompts(run, demo):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["  "], "the query is empty"), (["fox", "--index", "none"], "no index folder none")],
+    [(["  "], "the query is empty"), (["fox", "--index", "none"], "there is no index at none")],
 )
 def test_a_search_that_cannot_be_made_says_why(run, demo, arguments, message):
     code, out, err = run("search", *arguments)

@@ -75,6 +75,21 @@ def test_the_size_can_be_chosen_and_a_wrong_one_is_refused(pipe):
         draw(pipe, replace(TWO_STEPS, width=65))
 
 
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "UniPCMultistep", "DPM++ 2M Karras", "Euler a"])
+def test_another_sampler_drives_one_run_and_is_named_by_its_class(pipe, name):
+    own = pipe.scheduler
+    image, made = draw(pipe, replace(TWO_STEPS, scheduler=name))
+    assert pipe.scheduler is own
+    again, _ = draw(pipe, made)
+    np.testing.assert_array_equal(_pixels(image), _pixels(again))
+    assert (_pixels(image) != _pixels(draw(pipe, TWO_STEPS)[0])).any()
+
+
+def test_an_unknown_sampler_is_named_with_the_choices(pipe):
+    with pytest.raises(ValueError, match=r"scheduler 'os' .* pass one of DDIMScheduler, DPMSolver"):
+        draw(pipe, replace(TWO_STEPS, scheduler="os"))
+
+
 def test_a_picture_withheld_by_the_safety_checker_is_an_error_and_not_a_black_picture(pipe, monkeypatch):
     monkeypatch.setattr(type(pipe), "run_safety_checker", lambda self, image, device, dtype: (image, [True]))
     with pytest.raises(ValueError, match="safety checker withheld"):

@@ -83,7 +83,7 @@ def test_an_unknown_key_is_named(tmp_path):
         ("parameters", "a fox", "names no steps"),
         ("parameters", "a fox\nSteps: many, Seed: 1", "malformed"),
         ("parameters", "a fox\nSteps: 3, Seed: 1, Size: 12", "malformed"),
-        ("comment", "hello", "carries no generation parameters"),
+        ("comment", "hello", "carries no prompt"),
     ],
 )
 def test_a_picture_without_usable_parameters_is_refused(tmp_path, key, text, message):
@@ -93,11 +93,11 @@ def test_a_picture_without_usable_parameters_is_refused(tmp_path, key, text, mes
 
 def test_what_is_no_png_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="not a readable PNG"):
+    with pytest.raises(ValueError, match="not a readable"):
         read_parameters(tmp_path / "a.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match="not a readable PNG"):
+    with pytest.raises(ValueError, match="not a readable"):
         read_parameters(tmp_path / "cut.png")
     with pytest.raises(FileNotFoundError):
         read_parameters(tmp_path / "none.png")

@@ -1,7 +1,7 @@
 import pytest
 
 from textcond.negatives import BM25Index
-from textcond.negatives.words import words
+from textcond.words import words
 
 PASSAGES = [
     "The Eiffel Tower is a lattice tower in Paris, made of iron.",

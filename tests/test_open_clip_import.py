@@ -166,8 +166,8 @@ def test_a_tag_brings_its_own_activation(monkeypatch, registered):
     from textcond import open_clip_import
 
     monkeypatch.setattr(open_clip_import, "_download", lambda repo, file: (repo, file))
-    config, weights = open_clip_import._find("ViT-B-32/openai")
+    config, _, weights = open_clip_import.find_open_clip("ViT-B-32/openai")
     assert config["quick_gelu"] is True
     assert weights == ("timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors")
-    config, _ = open_clip_import._find("ViT-B-32/laion2b_s34b_b79k")
+    config, _, _ = open_clip_import.find_open_clip("ViT-B-32/laion2b_s34b_b79k")
     assert config["quick_gelu"] is False

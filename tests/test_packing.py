@@ -1,15 +1,17 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from textcond import onednn, packing
+from textcond import ConditioningEncoder, onednn, packing
 from textcond.onednn import OneDnnLinear
 from textcond.packing import can_pack, packed_states
 
@@ -163,3 +165,22 @@ print(resident() - before)
         for extra in ({}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"})
     ]
     assert grown[0] < 0.7 * grown[1]
+
+
+def test_threads_may_share_an_encoder_and_its_conditioning_face():
+    encoder = tiny.text_encoder("bert")
+    conditioning = ConditioningEncoder.from_text_encoder(encoder, bridge="linear", width=16)
+    texts = [f"a fox {'and an owl ' * (number % 5)}" for number in range(24)]
+    expected = encoder.encode(texts)
+    ids = conditioning.tokenizer(texts, padding="max_length", max_length=32, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        tokens = conditioning(**ids).last_hidden_state
+
+        def work(number: int) -> bool:
+            with torch.no_grad():
+                if number % 2:
+                    return bool(torch.equal(conditioning(**ids).last_hidden_state, tokens))
+                return bool(np.allclose(encoder.encode(texts), expected, atol=1e-6))
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(40)))

@@ -9,66 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from studio_page import SETTINGS, Page
 from tiny_reference import PROMPTS
 
 from textcond.apps.engine import Engine
 from textcond.apps.metadata import NATIVE, Parameters, read_parameters
-from textcond.apps.studio import (
-    FIRST_PORT,
-    Made,
-    Step,
-    Stopped,
-    build,
-    drawing,
-    free_port,
-    nearby_encoders,
-    serve,
-    thumbnail,
-)
+from textcond.apps.studio import Studio, build, serve
+from textcond.apps.studio.find import thumbnail
+from textcond.apps.studio.links import link
+from textcond.apps.studio.server import FIRST_PORT, free_port, nearby_encoders, pictures_folder
 
 
 @pytest.fixture(scope="module")
 def engine(demo):
     return Engine(demo.pipeline, demo.index)
-
-
-def _parameters(engine, steps=4, encoder=NATIVE):
-    return Parameters("a red fox!", seed=7, num_inference_steps=steps, pipeline=engine.name, encoder=encoder)
-
-
-def test_a_drawing_tells_its_steps_and_ends_with_a_picture_that_can_be_made_again(engine, tmp_path):
-    *steps, made = drawing(engine, _parameters(engine), tmp_path, threading.Event())
-    assert [(step.done, step.total) for step in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert [step.done for step in steps if step.preview] == [2]
-    assert Image.open(steps[1].preview).size == (128, 128)
-    assert isinstance(made, Made)
-    assert made.path.name == "a-red-fox-7.png"
-    assert read_parameters(made.path) == made.parameters
-    image, _ = engine.draw(made.parameters)
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(made.path)))
-
-
-def test_a_drawing_stops_soon_after_it_is_told_to(engine, tmp_path):
-    stop = threading.Event()
-    steps = drawing(engine, _parameters(engine, steps=1000), tmp_path, stop)
-    assert isinstance(next(steps), Step)
-    stop.set()
-    with pytest.raises(Stopped):
-        list(steps)
-    assert isinstance(list(drawing(engine, _parameters(engine), tmp_path, threading.Event()))[-1], Made)
-
-
-def test_a_page_that_goes_away_stops_its_drawing(engine, tmp_path):
-    stop = threading.Event()
-    steps = drawing(engine, _parameters(engine, steps=1000), tmp_path, stop)
-    next(steps)
-    steps.close()
-    assert stop.is_set()
-
-
-def test_an_error_of_the_drawing_reaches_who_waits(engine, demo, tmp_path):
-    with pytest.raises(ValueError, match="48-wide"):
-        list(drawing(engine, _parameters(engine, encoder=demo.wide), tmp_path, threading.Event()))
 
 
 def test_a_thumbnail_is_written_once(engine, tmp_path):
@@ -105,8 +59,8 @@ def test_a_port_or_address_that_cannot_be_had_is_named(monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"port {port} on 127.0.0.1 is taken: pass another --port"):
             free_port("127.0.0.1", port)
-        monkeypatch.setattr("textcond.apps.studio.FIRST_PORT", port)
-        monkeypatch.setattr("textcond.apps.studio.LAST_PORT", port)
+        monkeypatch.setattr("textcond.apps.studio.server.FIRST_PORT", port)
+        monkeypatch.setattr("textcond.apps.studio.server.LAST_PORT", port)
         with pytest.raises(OSError, match=f"no port of {port} to {port} on 127.0.0.1 is free"):
             free_port("127.0.0.1")
     with pytest.raises(OSError, match=r"pass --host 127\.0\.0\.1"):
@@ -122,78 +76,96 @@ def test_a_pipeline_or_index_that_is_not_there_is_told_before_anything_is_served
         serve(pipeline=demo.pipeline, index=f"{demo.root}/none")
 
 
-class Page:
-    """The served page as a browser uses it: events go in by name, the values of the outputs come back."""
+@pytest.mark.parametrize("auth", ["me", "me:", ":secret"])
+def test_a_malformed_password_is_told_before_anything_is_served(demo, tmp_path, auth):
+    with pytest.raises(ValueError, match="NAME:PASSWORD"):
+        serve(pipeline=demo.pipeline, index=demo.index, pictures=tmp_path, auth=auth)
 
-    def __init__(self, url: str):
-        self.url = url
-        self.config = self._read("config")
-        self.events = {event["api_name"]: event for event in self.config["dependencies"]}
 
-    def _read(self, path, data=None):
-        body = None if data is None else json.dumps(data).encode()
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-
-    def fire(self, name, *inputs, session="one", event_data=None):
-        """Fire an event and return the messages of its run, the last of them its end."""
-        join = {"data": inputs, "fn_index": self.events[name]["id"], "session_hash": session, "event_data": event_data}
-        self._read("gradio_api/queue/join", join)
-        messages = []
-        with urllib.request.urlopen(f"{self.url}gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
-            for line in stream:
-                if line.startswith(b"data: "):
-                    messages.append(json.loads(line[6:]))
-                    if messages[-1]["msg"] == "process_completed":
-                        return messages
-        raise AssertionError(f"{name} did not end: {messages}")
-
-    def call(self, name, *inputs, session="one"):
-        """Fire an event that does not wait in the queue."""
-        data = {"data": inputs, "fn_index": self.events[name]["id"], "session_hash": session}
-        return self._read("gradio_api/run/predict", data)["data"]
+def test_pictures_are_kept_in_the_users_cache_or_where_they_are_wanted(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert pictures_folder() == tmp_path / "textcond" / "studio"
+    assert pictures_folder(tmp_path / "mine") == tmp_path / "mine"
+    assert (tmp_path / "mine" / "served").is_dir()
 
 
 @pytest.fixture(scope="module")
-def page(engine, demo, tmp_path_factory):
-    built = build(engine, tmp_path_factory.mktemp("studio"), encoders=[demo.encoder], typed_encoders=False)
-    _, url, _ = built.queue().launch(prevent_thread_lock=True, quiet=True, footer_links=[], run_history=False)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("studio")
+
+
+def _launched(studio):
+    built = build(studio)
+    _, url, _ = built.queue(default_concurrency_limit=4).launch(
+        prevent_thread_lock=True, quiet=True, footer_links=[], run_history=False
+    )
+    return built, url
+
+
+@pytest.fixture(scope="module")
+def page(engine, demo, folder):
+    built, url = _launched(Studio(engine, folder, encoders=[demo.encoder]))
     yield Page(url)
     built.close(verbose=False)
 
 
-def _texts(messages):
-    """Captions that the gallery of an answer shows."""
-    return [item["caption"] for item in _output(messages)[0]]
+def _run(page, *, session="one", token="", random=False, count=1, **changed):
+    """Press Generate; what comes back by component."""
+    inputs = [token, random, count, None, *(SETTINGS | changed).values()]
+    return page.fire("run", *inputs, session=session)
 
 
-def _output(messages):
+def _shown(page, name, messages):
+    """The values that the end of an event gives, by the elem_id of the component."""
     assert messages[-1]["success"], messages[-1]
-    return messages[-1]["output"]["data"]
+    return _named(page, name, messages[-1]["output"]["data"])
+
+
+def _named(page, name, values):
+    ids = page.events[name]["outputs"]
+    names = {one["id"]: one["props"].get("elem_id") or one["type"] for one in page.config["components"]}
+    return {names[number]: value for number, value in zip(ids, values)}
+
+
+def _changed(value):
+    return value if isinstance(value, dict) and value.get("__type__") == "update" else {"value": value}
+
+
+def _captions(gallery):
+    return [item["caption"] for item in _changed(gallery)["value"]]
+
+
+def _find(page, text, encoder=NATIVE, mode="dense", session="one"):
+    return _shown(page, "find", page.fire("find", text, encoder, mode, session=session))
 
 
 def test_the_nearest_prompts_come_with_scores_and_pictures(page):
-    gallery, _, head, count = _output(page.fire("find", "red fox, noto style", NATIVE))
-    assert gallery[0]["caption"] == "1.00 · red fox, noto style"
-    assert len(gallery) == len(PROMPTS)
-    assert f"of {len(PROMPTS)}" in head
-    assert "of 30 tokens" in count
-    with urllib.request.urlopen(gallery[0]["image"]["url"]) as answer:
+    shown = _find(page, "red fox, noto style")
+    assert shown["found"][0]["caption"] == "1.00 · red fox, noto style"
+    assert len(shown["found"]) == len(PROMPTS)
+    assert f"of {len(PROMPTS)}" in shown["found-head"]
+    assert "of 30 tokens" in shown["count"]
+    with urllib.request.urlopen(shown["found"][0]["image"]["url"]) as answer:
         assert answer.headers["Content-Type"] == "image/png"
 
 
+def test_the_order_may_be_by_words_or_by_both(page):
+    assert _captions(_find(page, "blob fox", mode="lexical")["found"])[0].endswith("fox, blob style")
+    first = _captions(_find(page, "red fox, noto style", mode="hybrid")["found"])[0]
+    assert first == "1. / 1. · red fox, noto style"
+
+
 def test_an_empty_prompt_shows_prompts_to_begin_with(page):
-    assert sorted(_texts(page.fire("find", " ", NATIVE))) == sorted(PROMPTS)
+    assert sorted(_captions(_find(page, " ")["found"])) == sorted(PROMPTS)
 
 
 def test_another_encoder_finds_by_its_own_vectors(page, engine, demo):
-    found = _texts(page.fire("find", "blue fox", demo.encoder))
+    found = _captions(_find(page, "blue fox", demo.encoder)["found"])
     assert found == [f"{hit.score:.2f} · {hit.text}" for hit in engine.finder(demo.encoder).search("blue fox", 12)]
 
 
 def test_an_overlong_prompt_is_told_where_it_is_cut(page):
-    *_, count = _output(page.fire("find", "<b>" + "fox " * 10_000, NATIVE))
+    count = _find(page, "<b>" + "fox " * 10_000)["count"]
     assert "30,003 of 30 tokens" in count
     assert "stops reading after" in count
     assert "<b>" not in count
@@ -201,17 +173,27 @@ def test_an_overlong_prompt_is_told_where_it_is_cut(page):
 
 @pytest.mark.parametrize("text", ["", "🍎🦊", "ثعلب أحمر", "fox " * 10_000], ids=["empty", "emoji", "arabic", "long"])
 def test_any_prompt_is_drawn(page, text):
-    picture, seed, status, _, head, history = _output(page.fire("run", text, "", 5, False, 2, 3.0, NATIVE, None))
-    assert seed == 5
-    assert "seed 5 · 2 steps · guidance 3 · 128×128" in status
-    assert "Made in this session" in head
-    assert history["value"][0]["caption"] == (text or "(empty prompt)")
-    made = read_parameters(picture["path"])
+    shown = _shown(page, "run", _run(page, prompt=text))
+    assert shown["seed"] == 5
+    assert "seed 5 · 2 steps · guidance 3 · 128×128" in shown["status"]
+    assert _captions(shown["made"])[0] == (text or "(empty prompt)")
+    made = read_parameters(shown["picture"]["path"])
     assert (made.prompt, made.seed, made.num_inference_steps) == (text, 5, 2)
+    assert shown["address"] == link(made)
+    assert "manual_seed(5)" in shown["code"]
+
+
+def test_size_sampler_and_number_are_as_asked(page):
+    messages = _run(page, count=3, width=64, height=96, scheduler="EulerDiscreteScheduler")
+    shown = _shown(page, "run", messages)
+    made = read_parameters(shown["picture"]["path"])
+    assert (made.width, made.height, made.seed, made.scheduler) == (64, 96, 7, "EulerDiscreteScheduler")
+    assert len(_captions(shown["made"])) >= 3
+    assert "Picture 2 of 3" in json.dumps(messages)
 
 
 def test_a_random_seed_is_shown(page):
-    seeds = {_output(page.fire("run", "fox", "", 5, True, 1, 3.0, NATIVE, None))[1] for _ in range(2)}
+    seeds = {_shown(page, "run", _run(page, random=True))["seed"] for _ in range(2)}
     assert len(seeds) == 2
     assert 5 not in seeds
 
@@ -222,10 +204,10 @@ def test_what_cannot_be_drawn_is_said_in_words_and_the_next_one_is_drawn(page, e
 
     with monkeypatch.context() as broken:
         broken.setattr(engine, "draw", fail)
-        end = page.fire("run", "fox", "", 5, False, 2, 3.0, NATIVE, None)[-1]
+        end = _run(page)[-1]
     assert not end["success"]
     assert end["output"]["error"] == "the text encoder gives 48-wide tokens"
-    _output(page.fire("run", "fox", "", 5, False, 2, 3.0, NATIVE, None))
+    _shown(page, "run", _run(page))
 
 
 def test_what_cannot_be_searched_is_said_beside_the_gallery(page, engine, monkeypatch):
@@ -233,32 +215,35 @@ def test_what_cannot_be_searched_is_said_beside_the_gallery(page, engine, monkey
         raise ValueError("there is no <index>")
 
     monkeypatch.setattr(engine, "finder", fail)
-    gallery, _, head, _ = _output(page.fire("find", "fox", NATIVE))
-    assert gallery == []
-    assert "there is no &lt;index&gt;" in head
+    shown = _find(page, "fox")
+    assert shown["found"] == []
+    assert "there is no &lt;index&gt;" in shown["found-head"]
 
 
 @pytest.mark.parametrize(
-    ("inputs", "message"),
+    ("changed", "message"),
     [
-        (["fox", "", 5, False, 2000, 3.0, NATIVE, None], "2000"),
-        (["fox", "", 5, False, 2, 99.0, NATIVE, None], "99"),
-        (["fox", "", -1, False, 2, 3.0, NATIVE, None], "-1"),
-        (["fox", "", 5, False, 2, 3.0, "/etc", None], "/etc"),
+        ({"steps": 2000}, "2000"),
+        ({"guidance": 99.0}, "99"),
+        ({"seed": -1}, "-1"),
+        ({"encoder": "/etc"}, "/etc"),
+        ({"width": 100_000}, "100000"),
+        ({"height": 8}, "height 8 is too small"),
+        ({"count": 500}, "500"),
+        ({"scheduler": "os.system"}, "os.system"),
     ],
-    ids=["steps", "guidance", "seed", "encoder"],
+    ids=["steps", "guidance", "seed", "encoder", "large", "small", "count", "sampler"],
 )
-def test_values_beyond_the_controls_are_refused_by_the_server(page, inputs, message):
-    end = page.fire("run", *inputs)[-1]
+def test_values_beyond_the_controls_are_refused_by_the_server(page, changed, message):
+    end = _run(page, **changed)[-1]
     assert not end["success"]
     assert message in end["output"]["error"]
 
 
 def test_stop_ends_a_drawing_that_runs(page):
-    inputs = ["fox", "", 5, False, 60, 3.0, NATIVE, None]
-    page.fire("lock", session="two")
+    page.call("lock", session="two")
     ended = []
-    thread = threading.Thread(target=lambda: ended.append(page.fire("run", *inputs, session="two")))
+    thread = threading.Thread(target=lambda: ended.append(_run(page, steps=60, session="two")))
     thread.start()
     while thread.is_alive():
         page.call("halt", session="two")
@@ -267,22 +252,101 @@ def test_stop_ends_a_drawing_that_runs(page):
     assert "seed 5" not in json.dumps(ended[0])
 
 
-def test_a_click_on_a_found_prompt_puts_it_into_the_prompt(page):
-    found = _texts(page.fire("find", "red fox", NATIVE, session="three"))
-    (text,) = _output(page.fire("use", None, session="three", event_data={"index": 2, "value": None}))
-    assert found[2].endswith(f" · {text}")
+def _click(page, session, index, how, text=""):
+    event = {"index": index, "value": None}
+    return _shown(page, "click", page.fire("click", None, how, text, NATIVE, session=session, event_data=event))
+
+
+def test_a_click_uses_or_appends_a_found_prompt_or_finds_what_is_like_it(page):
+    found = [text.split(" · ")[1] for text in _captions(_find(page, "red fox", session="three")["found"])]
+    assert _click(page, "three", 2, "use")["prompt"] == found[2]
+    assert _click(page, "three", 2, "append", "an owl")["prompt"].startswith("an owl, ")
+    similar = _click(page, "three", 2, "similar")
+    assert "Similar to" in similar["found-head"]
+    assert found[2] not in [caption.split(" · ")[1] for caption in _captions(similar["found"])]
+
+
+def _opened(page, token, address, session):
+    return _named(page, "opened", page.call("opened", token, address, session=session))
+
+
+def test_what_another_visitor_made_is_not_seen(page):
+    token = _shown(page, "run", _run(page, session="four"))["browserstate"]
+    opened = _opened(page, token, "", "four")
+    assert _captions(opened["made"]) == ["fox"]
+    assert _captions(_opened(page, "", "", "five")["made"]) == []
+    assert _opened(page, "../..", "", "five")["browserstate"] != "../.."
 
 
 def test_a_click_on_an_earlier_picture_brings_back_what_made_it(page):
-    page.fire("run", "a fox", "snow", 5, False, 2, 3.0, NATIVE, None, session="four")
-    page.fire("run", "a cat", "", 6, False, 1, 4.0, NATIVE, None, session="four")
+    token = _shown(page, "run", _run(page, session="six", prompt="a fox", negative="snow"))["browserstate"]
+    _run(page, session="six", token=token, prompt="a cat", seed=6)
     event = {"index": 1, "value": None}
-    picture, *controls, status = _output(page.fire("restore", None, session="four", event_data=event))
-    assert controls == ["a fox", "snow", 5, False, 2, 3.0, NATIVE]
-    assert read_parameters(picture["path"]).prompt == "a fox"
-    assert "seed 5" in status
+    shown = _shown(page, "restore", page.fire("restore", None, session="six", event_data=event))
+    assert [shown[name] for name in ("prompt", "negative", "seed", "random", "steps")] == ["a fox", "snow", 5, False, 2]
+    assert read_parameters(shown["picture"]["path"]).prompt == "a fox"
+    assert "seed 5" in shown["status"]
+
+
+def test_a_link_fills_the_page_and_a_broken_one_is_told(page, demo):
+    parameters = Parameters("a fox", seed=9, num_inference_steps=3, guidance_scale=2.0, encoder=demo.encoder)
+    shown = _opened(page, "", link(parameters), "seven")
+    assert (shown["prompt"], shown["seed"], shown["encoder"]) == ("a fox", 9, demo.encoder)
+    foreign = link(Parameters("a fox", encoder="/etc"))
+    assert _opened(page, "", foreign, "seven")["encoder"] == NATIVE
+    broken = _opened(page, "", "seed=x", "seven")
+    assert "seed=x" in broken["status"]
 
 
 def test_no_file_outside_the_studio_is_served(page, demo):
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{page.url}gradio_api/file={Path(demo.pipeline) / 'model_index.json'}")
+
+
+@pytest.fixture(scope="module")
+def client(page):
+    gradio_client = pytest.importorskip("gradio_client")
+    return gradio_client.Client(page.url, verbose=False)
+
+
+def test_the_api_draws_what_the_page_draws(client, engine):
+    path = client.predict("a fox", seed=3, steps=2, guidance=3.0, api_name="/generate")
+    made = read_parameters(path)
+    assert (made.prompt, made.seed, made.guidance_scale) == ("a fox", 3, 3.0)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(engine.draw(made)[0]))
+
+
+def test_the_api_searches_and_embeds(client):
+    rows = client.predict("red fox, noto style", k=2, api_name="/search")
+    assert rows[0]["text"] == "red fox, noto style"
+    assert set(rows[0]) == {"id", "score", "text", "metadata"}
+    one, other = np.asarray(client.predict(["red fox", "blue apple"], api_name="/embed"))
+    assert np.linalg.norm(one) == pytest.approx(1, abs=1e-5)
+    assert one @ other < 0.999
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "message"),
+    [
+        ("/generate", {"prompt": "fox", "steps": 5000}, "steps is 5000"),
+        ("/generate", {"prompt": "fox", "width": 10_000}, "width is 10000"),
+        ("/generate", {"prompt": "fox", "encoder": "/etc"}, "not offered"),
+        ("/search", {"query": " "}, "empty"),
+        ("/embed", {"texts": ["fox"] * 1000}, "number of texts"),
+    ],
+    ids=["steps", "size", "encoder", "query", "texts"],
+)
+def test_the_api_keeps_the_limits(client, name, inputs, message):
+    with pytest.raises(Exception, match=message):
+        client.predict(**inputs, api_name=name)
+
+
+def test_only_the_typed_endpoints_are_public(client):
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/search", "/embed"}
+
+
+def test_strangers_cannot_load_models_or_write_the_index(page, engine):
+    messages = page.fire("load_pipeline", "reference", "automatic", "automatic")
+    assert "chosen by who runs this server" in json.dumps(messages)
+    assert engine.name != "reference"
+    assert "only who runs this server" in json.dumps(page.fire("save", None))

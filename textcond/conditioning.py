@@ -2,6 +2,7 @@
 
 import copy
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .encoder import TextEncoder, TextEncoderConfig, position_capacity
 from .folders import atomic_folder
 from .heads import new_heads
 from .original import OriginalEncoders, PackedTokenizer, mix_tokens, model_class
+from .packing import TURN
 from .pooling import pool
 from .sentence_folder import Dense
 
@@ -452,7 +454,8 @@ class ConditioningEncoder(PreTrainedModel):
                 f"{self._capacity}: shorten it, or set the tokenizer's model_max_length to {self._capacity}"
             )
         average = self.layer_average is not None
-        output = self.backbone(input_ids=input_ids, attention_mask=keep.long(), output_hidden_states=average)
+        with nullcontext() if torch.compiler.is_compiling() else TURN:
+            output = self.backbone(input_ids=input_ids, attention_mask=keep.long(), output_hidden_states=average)
         states = self.layer_average(output.hidden_states) if average else output.last_hidden_state
         pooled = None
         if self.pooled_bridge is not None:

@@ -35,7 +35,7 @@ from .folders import atomic_folder, check_weights, model_folder, read_json, writ
 from .heads import load_heads, new_heads, save_heads
 from .onednn import OneDnnLinear
 from .open_clip_import import load_open_clip_text
-from .packing import can_pack, packed_states
+from .packing import TURN, can_pack, packed_states
 from .pooling import POOLINGS, pool
 from .sentence_folder import as_projection, dense_layers, read_sentence_folder, write_sentence_folder
 
@@ -260,7 +260,8 @@ class TextEncoder(nn.Module):
             if attention_mask is not None and can_pack(self.backbone, lengths[0]):
                 states = packed_states(self.backbone, input_ids, lengths)
             else:
-                states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+                with TURN:
+                    states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             mask = inputs.get("pooling_mask", mask)
             features = Features(self._vectors(states, input_ids, mask))

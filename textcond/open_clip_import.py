@@ -44,7 +44,7 @@ def load_open_clip_text(source: str) -> tuple[CLIPTextModel, nn.Linear | None, C
         FileNotFoundError: no such file or folder, or a checkpoint that exists in pickled form only.
         ValueError: an unknown model or tag, a damaged file, or an architecture that CLIPTextModel does not express.
     """
-    model_config, weights = _find(source)
+    model_config, _, weights = find_open_clip(source)
     tensors = _text_tensors(weights)
     model, projection = convert_text_tower(tensors, model_config)
     tokenizer = open_clip_tokenizer(model.config.max_position_embeddings)
@@ -160,19 +160,21 @@ def _text_tensors(weights: Path) -> dict[str, Tensor]:
         return {name.removeprefix("text."): file.get_tensor(name).float() for name in names}
 
 
-def _find(source: str) -> tuple[dict[str, Any], Path]:
-    """Return the model config and the weights file that a source names."""
+def find_open_clip(source: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """Return the model config, how pictures are prepared as far as it is stated, and the weights file of a source."""
     if source.startswith("local-dir:"):
         folder = Path(source.removeprefix("local-dir:")).expanduser()
         config = read_json(folder / CONFIG)
         files = check_weights(folder)
         if len(files) > 1 and folder / WEIGHTS not in files:
             raise ValueError(f"{folder} holds several *.safetensors: name the one to load {WEIGHTS}")
-        return _model_config(config, folder / CONFIG), folder / WEIGHTS if folder / WEIGHTS in files else files[0]
+        weights = folder / WEIGHTS if folder / WEIGHTS in files else files[0]
+        return _model_config(config, folder / CONFIG), config.get("preprocess_cfg", {}), weights
     if source.startswith("hf-hub:"):
         repo = source.removeprefix("hf-hub:")
         path = _download(repo, CONFIG)
-        return _model_config(read_json(path), path), _download(repo, WEIGHTS)
+        config = read_json(path)
+        return _model_config(config, path), config.get("preprocess_cfg", {}), _download(repo, WEIGHTS)
 
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
@@ -191,7 +193,7 @@ def _find(source: str) -> tuple[dict[str, Any], Path]:
         # a tag knows which activation it was trained with; the model of that name may have the other
         config["quick_gelu"] = tag.get("quick_gelu", config.get("quick_gelu", False))
         repo, _, file = tag.get("hf_hub", "").rpartition("/")
-        return config, _download(repo, Path(file).with_suffix(".safetensors").name if file else WEIGHTS)
+        return config, tag, _download(repo, Path(file).with_suffix(".safetensors").name if file else WEIGHTS)
     path = Path(pretrained).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
@@ -199,7 +201,7 @@ def _find(source: str) -> tuple[dict[str, Any], Path]:
         )
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a safetensors file: pickled weights are refused, save it again as safetensors")
-    return config, path
+    return config, {}, path
 
 
 def _model_config(config: dict[str, Any], path: Path) -> dict[str, Any]:

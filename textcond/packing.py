@@ -1,5 +1,6 @@
 """Texts of different lengths through a backbone without padding: one row of tokens, attention text by text."""
 
+import threading
 from itertools import groupby
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 PACKED = "textcond_packed"
+# A packed call changes the backbone's config for as long as it runs: whoever calls a backbone takes this turn.
+TURN = threading.RLock()
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra")
 DECODERS = ("llama", "mistral", "qwen2")
 
@@ -45,16 +48,17 @@ def packed_states(backbone: PreTrainedModel, input_ids: Tensor, lengths: list[in
     """
     attended = torch.arange(input_ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)
     config = backbone.config
-    implementation = config._attn_implementation
-    config._attn_implementation = PACKED
-    try:
-        row = backbone(
-            input_ids=input_ids[attended].unsqueeze(0),
-            position_ids=_position_ids(backbone, input_ids)[attended].unsqueeze(0),
-            packed_lengths=lengths,
-        ).last_hidden_state[0]
-    finally:
-        config._attn_implementation = implementation
+    with TURN:
+        implementation = config._attn_implementation
+        config._attn_implementation = PACKED
+        try:
+            row = backbone(
+                input_ids=input_ids[attended].unsqueeze(0),
+                position_ids=_position_ids(backbone, input_ids)[attended].unsqueeze(0),
+                packed_lengths=lengths,
+            ).last_hidden_state[0]
+        finally:
+            config._attn_implementation = implementation
     return row.new_zeros(*input_ids.shape, row.shape[-1]).masked_scatter(attended.unsqueeze(-1), row)
 
 

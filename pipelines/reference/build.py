@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
@@ -144,9 +144,10 @@ def build_index(
     concepts: int | None = None,
     languages: Sequence[str] = ("en",),
 ) -> PromptIndex:
-    """Index the reference captions at `out`, one row a drawing and language, each with its picture on white.
+    """Index the reference captions at `out`, each row with a picture on white.
 
-    English rows are "{name}, {style} style"; rows in other languages are the CLDR name alone.
+    There is an English row "{name}, {style} style" for each drawing. In another language a concept has one row, its
+    CLDR name, with the first of its drawings.
 
     Raises:
         ValueError: a language that CLDR does not have; "all" means every one.
@@ -156,26 +157,28 @@ def build_index(
     if unknown := sorted(set(languages) - {"en", *known}):
         raise ValueError(f"CLDR has no names in {', '.join(unknown)}: choose from en, {', '.join(known)}")
     index = PromptIndex(encoder)
-    texts, metadata, images = [], [], []
-    with TemporaryDirectory() as folder:  # the index reads picture files when it is saved
-        for row in data.rows(concepts):
-            number, style = data.icons[row]
-            concept = data.concepts[number]
-            picture = Path(folder) / f"{row}.webp"
-            _save_thumbnail(data, row, picture)
-            for language in languages:
-                text = caption(concept, style) if language == "en" else concept.names.get(language)
-                if text is None:
-                    continue
-                texts.append(text)
-                metadata.append({"concept": concept.name, "emoji": concept.emoji, "style": style, "language": language})
-                images.append(picture)
-        index.add(texts, metadata, images, show_progress_bar=True)
-        index.save(out)
+    texts, metadata, images, named = [], [], [], set()
+    for row in data.rows(concepts):
+        number, style = data.icons[row]
+        concept = data.concepts[number]
+        picture = _thumbnail(data, row)
+        for language in languages:
+            text = caption(concept, style) if language == "en" else concept.names.get(language)
+            if text is None or (number, language) in named:
+                continue
+            if language != "en":
+                named.add((number, language))
+            texts.append(text)
+            metadata.append({"concept": concept.name, "emoji": concept.emoji, "style": style, "language": language})
+            images.append(picture)
+    index.add(texts, metadata, images, show_progress_bar=True)
+    index.save(out)
     return index
 
 
-def _save_thumbnail(data: ReferenceData, row: int, file: Path) -> None:
+def _thumbnail(data: ReferenceData, row: int) -> bytes:
     pixels = ((data.composite([row], [DEFAULT_COLOUR])[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    picture.save(file, "WEBP", quality=80)
+    content = io.BytesIO()
+    picture.save(content, "WEBP", quality=80)
+    return content.getvalue()

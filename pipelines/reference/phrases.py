@@ -25,7 +25,6 @@ import re
 import sqlite3
 import subprocess
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,9 +34,10 @@ from pathlib import Path
 
 import numpy as np
 
-from textcond.folders import atomic_folder, read_json, write_json
+from textcond.folders import atomic_folder, write_json
+from textcond.index.modifiers import prompt_modifiers
 
-from .data import COLOURS, STYLES, Concept, caption, is_held_out, is_held_out_concept, is_unseen_concept
+from .data import COLOURS, STYLES, Concept, caption, is_held_out, is_held_out_concept, is_unseen_concept, read_concepts
 
 ALIGNED = ("ja", "de", "fr", "es", "pt", "zh", "ru", "ar", "hi")
 UNSEEN = ("ko", "it", "tr", "pl", "vi")
@@ -47,9 +47,6 @@ SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
 DEBIAN_LANGUAGES = "de fr es pt pt_BR ja zh_CN ru ko it tr pl vi nl sv cs da fi uk hu"
 # Kinds of phrases that come from dictionaries and other general text.
 GENERAL = ("word", "dictionary", "definition", "description", "modifier", "composition")
-UNSAFE = re.compile(
-    r"\b(nsfw|nude|naked|sexy|sexual|erotic|porn\w*|hentai|breasts?|lingerie|gore|corpse|nazi|hitler)\b"
-)
 
 
 # -- captions in other languages -------------------------------------------------------------------------------------
@@ -348,23 +345,8 @@ def _descriptions(records: str) -> Iterator[tuple[str, tuple[str, str]]]:
 
 def modifiers(packages: Packages, count: int = 30_000) -> Iterator[Phrase]:
     """What people add to prompts, without artists' names."""
-    wheel = next(iter(sorted(packages.folder.glob("clip_interrogator-*.whl"))), None)
-    if wheel is None:
-        raise FileNotFoundError(
-            f"{packages.folder} holds no clip_interrogator-*.whl: run pip download --no-deps clip-interrogator -d there"
-        )
-    with zipfile.ZipFile(wheel) as archive:
-        lines = {
-            name: archive.read(f"clip_interrogator/data/{name}.txt").decode().splitlines()
-            for name in ("flavors", "mediums", "movements", "artists")
-        }
-    artists = {name.casefold() for name in lines["artists"]}
-    kept = []
-    for line in lines["flavors"]:
-        words = line.casefold().replace(",", " ").split()
-        named = any(" ".join(words[i : i + n]) in artists for n in (1, 2, 3) for i in range(len(words)))
-        if line.isascii() and not named and "by" not in words and not UNSAFE.search(line.casefold()):
-            kept.append(line)
+    lines = prompt_modifiers(packages.folder)
+    kept = lines["flavors"]
     picks = packages.rng("modifiers").permutation(len(kept))[:count]
     for line in [*lines["mediums"], *lines["movements"], *(kept[pick] for pick in picks)]:
         yield Phrase(line.strip(), kind="modifier")
@@ -438,7 +420,7 @@ def build_phrases(
     """
     if unknown := [source for source in sources if source not in SOURCES]:
         raise ValueError(f"there is no source {unknown[0]!r}: choose from {', '.join(SOURCES)}")
-    concepts = [Concept(**row) for row in read_json(Path(data) / "concepts.json")["concepts"]]
+    concepts = read_concepts(data)
     found = Packages(Path(packages), concepts, seed, sources)
     prompts, distil, pairs = _Lines("prompts"), _Lines("distil"), _Lines("pairs")
     for source in sources:

@@ -127,6 +127,8 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}): write one object a line") from None
+    except RecursionError:
+        raise ValueError("nested too deeply: write one object of plain values a line") from None
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -183,6 +185,8 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, 
                 try:
                     value, end = decoder.raw_decode(text, place)
                     break
+                except RecursionError:
+                    raise ValueError(f"{path}:{line}: nested too deeply: write an array of plain objects") from None
                 except json.JSONDecodeError as error:
                     # the buffer may end within a text, or within the few letters of a number or an escape
                     cut = error.pos > len(text) - 16 or error.msg.startswith("Unterminated")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from .words import words
+from textcond.words import words
 
 
 class BM25Index:

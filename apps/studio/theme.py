@@ -37,7 +37,9 @@ THEME = gr.themes.Base(
 )
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container main {
+  max-width: 1240px !important; margin: 0 auto !important; width: 100% !important;
+}
 footer { display: none !important; }
 .html-container { padding: 0 !important; }
 .quiet { color: var(--body-text-color-subdued); }
@@ -61,29 +63,67 @@ footer { display: none !important; }
 #picture .image-container, #picture .image-frame, #picture .image-frame button { background: transparent; }
 #picture img { object-fit: contain; width: 100%; height: 100%; }
 #status { margin: -.5rem .2rem 0; min-height: 2.2rem; font-size: .88rem; }
-#status .bar { height: 5px; border-radius: 3px; overflow: hidden; margin: .3rem 0; background: var(--neutral-200); }
-.dark #status .bar, .dark #steps, .dark #guidance { --neutral-200: var(--neutral-700); }
-#status .bar div { height: 100%; background: var(--primary-500); border-radius: 3px; transition: width .15s linear; }
+.dark input[type=range] { --neutral-200: var(--neutral-700); }
 #seeds { align-items: center; margin: -.4rem 0; }
 #seeds .block { border-width: 0 !important; background: none; padding: .2rem .6rem; }
 
-#found-head h2, #made-head h2 { font-size: 1.05rem; font-weight: 600; margin: .2rem 0 0; }
-#found-head p { margin: 0; font-size: .9rem; }
-#found, #made { border-width: 0 !important; background: transparent; overflow: visible !important; }
-#found .grid-wrap, #made .grid-wrap { min-height: 0; max-height: none; height: auto; overflow: visible; padding: 0; }
-#found .grid-container, #made .grid-container {
+.tiles { border-width: 0 !important; background: transparent; overflow: visible !important; }
+.tiles .grid-wrap { min-height: 0; max-height: none; height: auto; overflow: visible; padding: 0; }
+.tiles .grid-container {
   grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); grid-auto-rows: auto; gap: .7rem;
 }
-#found .thumbnail-item, #made .thumbnail-item {
+.tiles .thumbnail-item {
   aspect-ratio: auto; height: 100%; display: flex; flex-direction: column; background: var(--block-background-fill);
 }
-#found .thumbnail-item img, #made .thumbnail-item img { aspect-ratio: 1; height: auto; }
-#found .caption-label, #made .caption-label {
+.tiles .thumbnail-item img { aspect-ratio: 1; height: auto; }
+.tiles .caption-label {
   position: static; max-width: none; width: 100%; border: none; background: none; opacity: 1 !important;
   margin: .35rem 0 .45rem; padding: 0 .5rem; height: 2.6em; flex: none;
   font-size: .78rem; line-height: 1.3; text-align: left; color: var(--body-text-color);
   white-space: normal; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden;
   unicode-bidi: plaintext;
 }
-#found .thumbnail-item:focus-visible, #made .thumbnail-item:focus-visible { outline: 2px solid var(--primary-500); }
+.tiles .thumbnail-item:focus-visible { outline: 2px solid var(--primary-500); }
+#tabs > .tab-wrapper { margin-bottom: .4rem; }
+#with-picture, #with-picture button { white-space: nowrap; }
+#with-picture { gap: .5rem; }
+#more, #as-code { background: transparent; }
+#find-options { gap: 0; margin: -.35rem 0 -.25rem; flex-direction: column; align-items: flex-start; }
+#find-options > *, #find-options .form {
+  border: 0; background: none; box-shadow: none; flex: none; gap: .2rem 1.4rem; min-width: 0 !important;
+}
+#find-options .block { padding: 0; display: flex; align-items: center; gap: .5rem; border: 0; background: none; }
+#find-options .block > span, #find-options [data-testid="block-info"] {
+  margin: 0; font-size: .82rem; color: var(--body-text-color-subdued); white-space: nowrap;
+}
+#find-options .wrap { gap: .1rem; flex-wrap: wrap; }
+#find-options label {
+  padding: .14rem .55rem; font-size: .82rem; border-radius: 99px; background: none; box-shadow: none;
+  border: 1px solid transparent; gap: 0; white-space: nowrap;
+}
+#find-options label.selected { border-color: var(--border-color-primary); background: var(--block-background-fill); }
+#find-options label span { margin: 0; }
+#find-options input { position: absolute; opacity: 0; pointer-events: none; }
+#find-options label:has(input:focus-visible) { outline: 2px solid var(--primary-500); }
+#compare-status, #load-status { color: var(--body-text-color-subdued); font-size: .88rem; min-height: 1.6rem; }
+.bar { height: 5px; border-radius: 3px; overflow: hidden; margin: .3rem 0; background: var(--neutral-200); }
+.dark .bar { background: var(--neutral-700); }
+.bar div { height: 100%; background: var(--primary-500); border-radius: 3px; transition: width .15s linear; }
+h2 { font-size: 1.05rem; font-weight: 600; margin: .2rem 0 0; }
+h2 + p { margin: 0; font-size: .9rem; }
+#why table { width: 100%; border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+#why th, #why td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--border-color-primary); }
+#why table, #why tr { border: 0; }
+#why th, #why td { border-width: 0 0 1px; }
+#why { overflow-x: auto; }
+#contracts pre {
+  white-space: pre-wrap; font-size: .84rem; padding: .7rem .9rem; margin: .5rem 0; border-radius: 8px;
+  background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
+}
+body.dropping::after {
+  content: "Drop a picture: its settings come back"; position: fixed; inset: 12px; z-index: 1000; display: grid;
+  place-items: center; border: 3px dashed var(--primary-500); border-radius: 16px; font-size: 1.3rem;
+  background: color-mix(in srgb, var(--body-background-fill) 85%, transparent);
+  pointer-events: none;
+}
 """

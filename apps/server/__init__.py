@@ -1,0 +1,1 @@
+"""`textcond serve`: embeddings and search over HTTP, for many clients at once."""

@@ -1,0 +1,112 @@
+"""Drawing in a thread of its own, told step by step, and stopped within one."""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from textcond.apps.metadata import Parameters, write_png
+
+from .history import PREVIEW, History, Made
+from .line import Line, Pace
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from textcond.apps.engine import Engine
+
+POLL = 0.2
+
+
+class Stopped(Exception):
+    """The person pressed Stop, or left."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """So many are served before, which takes about so many seconds."""
+
+    ahead: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step is done; `preview` is a picture file now and then, `seconds` are left for all pictures."""
+
+    done: int
+    total: int
+    preview: Path | None
+    seconds: float = 0.0
+
+
+def drawing(
+    engine: Engine, jobs: Sequence[Parameters], history: History, stop: threading.Event, line: Line
+) -> Iterator[Waiting | Step | Made]:
+    """Wait for the turn, then draw one picture after another: yield each step, and each picture as it is made.
+
+    Raises:
+        Stopped: `stop` was set.
+        Exception: whatever the drawing raised; ValueError for a line that is full.
+    """
+    with line.place(sum(job.num_inference_steps for job in jobs)) as place:
+        try:
+            while (before := place.ahead())[0]:
+                yield Waiting(*before)
+                if stop.wait(POLL):
+                    raise Stopped
+            pace = Pace(place)
+            for job in jobs:
+                yield from _one(engine, job, history, stop, pace)
+        finally:
+            stop.set()
+
+
+def _one(
+    engine: Engine, parameters: Parameters, history: History, stop: threading.Event, pace: Pace
+) -> Iterator[Step | Made]:
+    events: queue.SimpleQueue[Step | Made | BaseException] = queue.SimpleQueue()
+    folder = history.new_folder()
+
+    def on_step(done: int, total: int, preview: Callable[[], Image | None]) -> None:
+        if stop.is_set():
+            raise Stopped
+        seconds, path = pace.step(), None
+        if done % 2 == 0 and done < total and (image := preview()) is not None:
+            path = folder / f"{PREVIEW}{done}.png"
+            image.save(path)
+        events.put(Step(done, total, path, seconds))
+
+    def work() -> None:
+        try:
+            image, made = engine.draw(parameters, on_step)
+            path = folder / f"{_name(parameters.prompt)}-{parameters.seed}.png"
+            write_png(path, image, made)
+            events.put(Made(path, made))
+        except BaseException as error:  # it is raised again where the events are read
+            events.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        try:
+            event = events.get(timeout=POLL)
+        except queue.Empty:
+            if stop.is_set():  # while a model is being loaded, say; the thread ends at its first step
+                raise Stopped from None
+            continue
+        if isinstance(event, BaseException):
+            raise event
+        if isinstance(event, Made):
+            history.added(event)
+            yield event
+            return
+        yield event
+
+
+def _name(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt[:40].lower()).strip("-") or "picture"

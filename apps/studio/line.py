@@ -1,0 +1,76 @@
+"""The line before the pipeline: who draws next, how many are ahead, and how long that will take."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MOST_WAITING = 64
+# What the first picture is taken to need, before anything was measured.
+FIRST_GUESS = 0.2
+
+
+class Place:
+    """A place in the line. `steps_left` is kept up to date by who draws, so that those behind know how long."""
+
+    def __init__(self, line: Line, steps: int):
+        self.line, self.steps_left = line, steps
+
+    def ahead(self) -> tuple[int, float]:
+        """How many are served before this one, and about how many seconds that takes."""
+        with self.line.lock:
+            before = self.line.places[: self.line.places.index(self)]
+            return len(before), self.line.seconds_a_step * sum(place.steps_left for place in before)
+
+
+class Line:
+    """First come, first served; one at a time.
+
+    Args:
+        most: how many may stand in it.
+    """
+
+    def __init__(self, most: int = MOST_WAITING):
+        self.most, self.seconds_a_step = most, FIRST_GUESS
+        self.lock, self.places = threading.Lock(), []
+
+    @contextmanager
+    def place(self, steps: int) -> Iterator[Place]:
+        """Stand in the line with a wish of so many denoising steps, and leave it at the end of the `with` block.
+
+        Raises:
+            ValueError: too many stand in it.
+        """
+        mine = Place(self, steps)
+        with self.lock:
+            if len(self.places) >= self.most:
+                raise ValueError(f"{self.most} pictures are waited for already: try again in a minute")
+            self.places.append(mine)
+        try:
+            yield mine
+        finally:
+            with self.lock:
+                self.places.remove(mine)
+
+    def measured(self, seconds: float) -> None:
+        """Take in how long one step took."""
+        with self.lock:
+            self.seconds_a_step += 0.2 * (seconds - self.seconds_a_step)
+
+
+class Pace:
+    """Times the steps of one drawing for the line, and counts down what is left of its place."""
+
+    def __init__(self, place: Place):
+        self.place, self.last = place, None
+
+    def step(self) -> float:
+        """One step is done: the seconds that are left for this place."""
+        now = time.monotonic()
+        if self.last is not None:
+            self.place.line.measured(now - self.last)
+        self.last = now
+        self.place.steps_left = max(0, self.place.steps_left - 1)
+        return self.place.steps_left * self.place.line.seconds_a_step
