@@ -47,7 +47,10 @@ app.command()(serve)
 ENCODE_CHUNK = 1024
 
 _PIPELINE_HELP = "Diffusers folder or hub id; the reference model if left out."
-_ENCODER_HELP = "Encoder to swap in: a folder or hub id; the pipeline's own if left out."
+_ENCODER_HELP = (
+    "Encoder to swap in: a folder, a hub id, or multilingual, which reads ten languages for the reference model; "
+    "the pipeline's own if left out."
+)
 _INDEX_HELP = "Prompt index to look in; that of the reference model if left out."
 
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...; a GPU if there is one.")]

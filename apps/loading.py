@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .metadata import NATIVE, REFERENCE
+from .metadata import MULTILINGUAL, NATIVE, REFERENCE
 
 if TYPE_CHECKING:
     import torch
@@ -149,8 +149,16 @@ def find_pipeline(name: str | Path) -> Path:
 
 
 def find_encoder(name: str | Path) -> str:
-    """`name` if it is a folder or may be a hub id. A damaged weight file in the folder is named in a ValueError."""
+    """The folder of the shipped "multilingual" encoder, or `name` if it is a folder or may be a hub id.
+
+    A damaged weight file in the folder is named in a ValueError.
+    """
     from textcond.folders import check_safetensors
+
+    if name == MULTILINGUAL:
+        from textcond.pipelines import reference
+
+        return str(reference.MULTILINGUAL)
 
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NATIVE = "native"
+MULTILINGUAL = "multilingual"
 REFERENCE = "reference"
 MAX_SEED = 2**63 - 1
 

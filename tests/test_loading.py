@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,3 +76,7 @@ def test_an_unknown_dtype_is_named(demo):
 def test_a_text_encoder_is_loaded_from_either_kind_of_folder(demo):
     assert load_text_encoder(f"{demo.pipeline}/text_encoder").dim == 32
     assert load_text_encoder(demo.encoder).dim == 32
+
+
+def test_multilingual_is_the_shipped_encoder():
+    assert (Path(find_encoder("multilingual")) / "model.safetensors").is_file()

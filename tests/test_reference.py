@@ -7,7 +7,8 @@ import torch
 
 from textcond import ConditioningEncoder, PromptIndex, TextEncoder
 from textcond.pipelines import load_reference, retrieval_encoder, swapped
-from textcond.pipelines.reference import REFERENCE, open_reference_index
+from textcond.pipelines.families import condition
+from textcond.pipelines.reference import MULTILINGUAL, REFERENCE, open_reference_index
 
 OPTIONS = {"num_inference_steps": 6, "guidance_scale": 4.0}
 
@@ -96,3 +97,17 @@ def test_another_encoder_swaps_in_and_out_and_indexes_the_same_captions(pipe, tm
         index.add(["rose", "tent"])
         assert index.search("rose", k=1)[0].text == "rose"
     assert np.array_equal(picture(pipe, "rose"), before)
+
+
+def test_the_shipped_multilingual_encoder_says_in_other_languages_what_the_native_one_says_in_english():
+    pipe = load_reference()
+    english = ["red apple, noto style, on a blue background", "octopus, twemoji style, on a yellow background"]
+    others = ["赤リンゴ、notoスタイル、青い背景", "Oktopus, twemoji-Stil, auf gelbem Hintergrund"]
+    with torch.no_grad():
+        wanted = condition(pipe, english)["encoder_hidden_states"]
+        with swapped(pipe, MULTILINGUAL):
+            said = condition(pipe, others)["encoder_hidden_states"]
+    mean = wanted.mean(0)
+    distances = torch.cdist((said - mean).flatten(1), (wanted - mean).flatten(1))
+    assert distances.argmin(1).tolist() == [0, 1]
+    assert (distances.diagonal() < 0.6 * (wanted - mean).flatten(1).norm(dim=1)).all()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from textcond.apps.engine import Engine
 from textcond.apps.loading import find_pipeline
-from textcond.apps.metadata import REFERENCE
+from textcond.apps.metadata import MULTILINGUAL, REFERENCE
 from textcond.apps.quiet import quiet_libraries
 
 from .history import forget_old
@@ -70,7 +70,7 @@ def serve(
     studio = Studio(
         engine=Engine(pipeline, index, device, dtype, own_index=folder / "index"),
         folder=folder / "served",
-        encoders=nearby_encoders(Path.cwd()),
+        encoders=[*([MULTILINGUAL] if pipeline == REFERENCE else []), *nearby_encoders(Path.cwd())],
         trusted=local or known is not None,
     )
     page = build(studio)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from textcond.apps.metadata import NATIVE, REFERENCE, Parameters
+from textcond.apps.metadata import MULTILINGUAL, NATIVE, REFERENCE, Parameters
 
 
 def snippet(parameters: Parameters) -> str:
@@ -20,6 +20,7 @@ def snippet(parameters: Parameters) -> str:
         *([f"from diffusers import {', '.join(sorted(theirs))}"] if theirs else []),
         # A saved pipeline may name classes of ours, which diffusers does not import by name.
         f"from textcond.pipelines import {', '.join(ours)}" if ours else "import textcond",
+        *(["from textcond.pipelines.reference import MULTILINGUAL"] if parameters.encoder == MULTILINGUAL else []),
         *(["from textcond.pipelines.retrieval import blend"] if blended else []),
     ]
     lines = (
@@ -28,7 +29,8 @@ def snippet(parameters: Parameters) -> str:
         else [f"pipe = DiffusionPipeline.from_pretrained({parameters.pipeline!r}, dtype=torch.{dtype}).to({device!r})"]
     )
     if swaps:
-        lines.append(f"swap_text_encoder(pipe, {parameters.encoder!r})")
+        name = "MULTILINGUAL" if parameters.encoder == MULTILINGUAL else repr(parameters.encoder)
+        lines.append(f"swap_text_encoder(pipe, {name})")
     if parameters.scheduler:
         lines.append(f"pipe.scheduler = {parameters.scheduler}.from_config(pipe.scheduler.config)")
     prompt = f"{parameters.prompt!r}"

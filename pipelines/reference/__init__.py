@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 REFERENCE = Path(__file__).parent / "emoji"
-MULTILINGUAL = Path(__file__).parent / "emoji_multilingual"  # the encoder that is aligned to it, and an index
+MULTILINGUAL = Path(__file__).parent / "emoji_multilingual"  # an encoder that is aligned to it
 
 
 def load_reference(
@@ -36,8 +36,3 @@ def open_reference_index(encoder: TextEncoder | None = None) -> PromptIndex:
         ValueError: `encoder` is another one than the index was made with.
     """
     return PromptIndex.open(REFERENCE / "index", encoder)
-
-
-def open_multilingual_index() -> PromptIndex:
-    """The shipped index of the reference captions in every language of the multilingual encoder, in its space."""
-    return PromptIndex.open(MULTILINGUAL / "index")

@@ -38,9 +38,8 @@ from textcond.pipelines.loop import fit, share, step_generator
 from textcond.training import Data, Mining, Recipe, Stage, train
 
 from . import load_reference
-from .build import build_index
-from .data import COLOURS, STYLES, Concept, ReferenceData, caption, is_held_out, is_held_out_concept, read_concepts
-from .phrases import ALIGNED, UNSEEN, build_phrases, digest, foreign_caption, key, read_phrases
+from .data import COLOURS, STYLES, Concept, caption, is_held_out, is_held_out_concept, read_concepts
+from .phrases import ALIGNED, build_phrases, digest, foreign_caption, key, read_phrases
 
 STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune", "align", "ship")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the order of XLM-R
@@ -540,13 +539,12 @@ def build_multilingual(
         phrases: the folder of `build_phrases`; stage "phrases" makes it.
         teacher: a BERT-like text encoder.
         packages: for stage "phrases", see `build_phrases`.
-        data: for stages "phrases", "align" and "ship", the reference data.
+        data: for stages "phrases" and "align", the reference data.
         pipeline: for stage "align", what the encoder is to condition; None for the reference model.
         recipe: the options.
 
     Raises:
-        ValueError: an unknown stage, stage "phrases" without `packages` and `data`, or one of the last two without
-            `data`.
+        ValueError: an unknown stage, stage "phrases" without `packages` and `data`, or stage "align" without `data`.
         FileNotFoundError: a stage whose input no earlier stage has made.
     """
     out, phrases, recipe = Path(out), Path(phrases), recipe or MultilingualRecipe()
@@ -589,22 +587,18 @@ def build_multilingual(
         align(pipeline or load_reference(), tuned, lines, out / "aligned", recipe.align.options)
     if "ship" in stages and accelerator.is_main_process:
         _need(out / "aligned" / "alignment.json", "align")
-        if data is None:
-            raise ValueError("stage ship indexes the captions of the reference data: pass data=")
-        ship(out / "aligned", data, recipe.align.concepts, out / "encoder")
+        ship(out / "aligned", out / "encoder")
     return out
 
 
-def ship(aligned: Path, data: str | Path, concepts: int, out: Path) -> Path:
-    """Copy an aligned encoder to `out`, its weights in float16, with an index of the captions in all its languages."""
+def ship(aligned: Path, out: Path) -> Path:
+    """Copy an aligned encoder to `out`, its weights in float16."""
     with atomic_folder(out, owned=("*",)) as folder:
         for file in sorted(aligned.iterdir()):
             if file.suffix == ".safetensors":
                 write_tensors(folder / file.name, half(read_tensors(file)))
             elif file.is_file() and file.name != "alignment.json":
                 shutil.copy(file, folder / file.name)
-    languages = ("en", *ALIGNED, *UNSEEN)
-    build_index(ReferenceData.load(data), TextEncoder.from_pretrained(out), out / "index", concepts, languages)
     return out
 
 
