@@ -148,7 +148,9 @@ class Aligner:
         self.known = statistics(self.states(sample[:2048]))
         self._prepare_held_out()
         self._prepare_probe(sample[:PROBED_PROMPTS])
-        if options.closed_form_prompts and not (work / "closed-form.safetensors").is_file():
+        fitted = (work / "closed-form.safetensors").is_file()
+        self.accelerator.wait_for_everyone()  # before the first process writes it
+        if options.closed_form_prompts and not fitted:
             self._closed_form(sample)
             if self.accelerator.is_main_process:
                 write_tensors(work / "closed-form.safetensors", self.trained.state_dict())
