@@ -44,6 +44,9 @@ def align(
     ] = None,
     layers: Annotated[str, typer.Option(help="last, or average: a learned average of the encoder's layers.")] = "last",
     lora_rank: Annotated[int, typer.Option(min=0, help="Also adapt the encoder itself; 0 leaves it as it is.")] = 0,
+    train_backbone: Annotated[
+        bool, typer.Option("--train-backbone", help="Train the encoder's own layers too; it finds other things then.")
+    ] = False,
     token_steps: Annotated[int, typer.Option(min=0, help="Steps between token states, without the denoiser.")] = 2000,
     denoiser_steps: Annotated[int, typer.Option(min=0, help="Steps through the frozen denoiser.")] = 500,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts of a step between token states.")] = 64,
@@ -79,6 +82,7 @@ def align(
         tokens=tokens,
         layers=layers,
         lora_rank=lora_rank,
+        train_backbone=train_backbone,
         token_steps=token_steps,
         denoiser_steps=denoiser_steps,
         batch_size=batch_size,

@@ -177,9 +177,9 @@ def is_first_process() -> bool:
 
 def row_id(text: str, metadata: dict[str, Any], distinct: bool = False) -> str:
     """Return the id under which equal rows are one; with `distinct`, rows of equal texts are."""
-    from .prompt_index import _row_id
+    from .prompt_index import content_id
 
-    return sha256(normalised(text).encode()).hexdigest()[:24] if distinct and text else _row_id(text, metadata, None)
+    return sha256(normalised(text).encode()).hexdigest()[:24] if distinct and text else content_id(text, metadata, None)
 
 
 def _batches(rows: Iterator[SourceRow], size: int) -> Iterator[list[SourceRow]]:

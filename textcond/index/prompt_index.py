@@ -361,7 +361,7 @@ class PromptIndex:
                 if key not in encoded:
                     encoded[key] = picture_bytes(picture)
                 content = encoded[key]
-            name = _row_id(text, values, content) if ids is None else ids[place]
+            name = content_id(text, values, content) if ids is None else ids[place]
             if not isinstance(name, str) or not name:
                 raise TypeError(f"an id is a string that is not empty, got {name!r} at place {place}")
             rows.append(Row(name, text, values, image=content, has_image=content is not None))
@@ -576,7 +576,7 @@ def _load_encoder(info: dict[str, Any], path: str | Path | None) -> TextEncoder:
     return load_encoder(folder if folder.is_dir() else name, dtype=dtype)
 
 
-def _row_id(text: str, metadata: dict[str, Any], picture: bytes | None) -> str:
+def content_id(text: str, metadata: dict[str, Any], picture: bytes | None) -> str:
     """A hash of text and metadata, and of the picture of a row that is nothing else."""
     content = json.dumps([text, metadata], ensure_ascii=False, sort_keys=True).encode()
     if not text.strip() and picture is not None:
