@@ -34,6 +34,10 @@ def align(
         Path | None,
         typer.Option(metavar="FOLDER", help="Pictures with metadata.jsonl (file_name, text), for an extra loss."),
     ] = None,
+    anchors: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Texts that a changing encoder is to find as before; PROMPTS if left out."),
+    ] = None,
     slot: Annotated[str | None, typer.Option(help="Encoder to replace; all that one can serve if left out.")] = None,
     bridge: Annotated[
         str | None, typer.Option(help="resampler, linear or mlp; what the pipeline needs if left out.")
@@ -45,7 +49,7 @@ def align(
     layers: Annotated[str, typer.Option(help="last, or average: a learned average of the encoder's layers.")] = "last",
     lora_rank: Annotated[int, typer.Option(min=0, help="Also adapt the encoder itself; 0 leaves it as it is.")] = 0,
     train_backbone: Annotated[
-        bool, typer.Option("--train-backbone", help="Train the encoder's own layers too; it finds other things then.")
+        bool, typer.Option("--train-backbone", help="Train the encoder's own layers too, held to ANCHORS.")
     ] = False,
     token_steps: Annotated[int, typer.Option(min=0, help="Steps between token states, without the denoiser.")] = 2000,
     denoiser_steps: Annotated[int, typer.Option(min=0, help="Steps through the frozen denoiser.")] = 500,
@@ -95,7 +99,9 @@ def align(
         mixed_precision=mixed_precision,
     )
     pipe = load_pipeline(pipeline, device=device, dtype="float32")
-    made = run(pipe, _load(find_encoder(encoder)), prompts, out, options, held_out=held_out, pictures=pictures)
+    made = run(
+        pipe, _load(find_encoder(encoder)), prompts, out, options, held_out=held_out, pictures=pictures, anchors=anchors
+    )  # fmt: skip
     if report:
         from textcond.folders import read_json
 

@@ -27,6 +27,7 @@ from textcond.pipelines.swap import CONNECTOR, make_encoder, swap_text_encoder
 from textcond.pipelines.trajectories import replay
 from textcond.precision import bfloat16
 
+from .anchor import DRAWN, Anchor
 from .attention import AttentionProbe
 from .closed_form import fit_last_layer
 from .losses import contrast, regression, statistics
@@ -39,7 +40,6 @@ from .teacher import TeacherStates, fingerprint, weights_hash
 PROBED_PROMPTS = 16  # whose trajectories give the queries of the attention loss
 POOL = 16  # batches that are drawn together and sorted by length
 CHUNK = 32  # held-out prompts that are asked at a time
-ANCHORED = 16  # texts of a step whose vectors are compared with those before the alignment
 
 
 def align(
@@ -51,6 +51,7 @@ def align(
     *,
     held_out: str | os.PathLike | Iterable[str] | None = None,
     pictures: str | os.PathLike | None = None,
+    anchors: str | os.PathLike | Iterable[str] | None = None,
 ) -> ConditioningEncoder:
     """Align an encoder with a pipeline's own, and save it in `out`, ready for `swap_text_encoder(pipe, out)`.
 
@@ -71,6 +72,8 @@ def align(
         held_out: prompts like `prompts` that nothing trains on: the weights that are best on them are kept. None
             keeps some of `prompts` out for that.
         pictures: a folder of pictures with captions, see `CaptionedPictures`, for an extra loss in step 2.
+        anchors: texts like `prompts` whose vectors a changing backbone is to keep, with `retrieval_weight`: all that it
+            is to find, in all its languages. None for the prompts, which are too alike to keep the rest.
 
     Returns:
         The aligned encoder, with its best held-out weights.
@@ -86,7 +89,8 @@ def align(
         training, kept_out = training.split(min(options.held_out, len(training.teacher) // 2))
     else:
         kept_out = read_prompts(held_out)
-    return Aligner(pipe, encoder, training, kept_out, Path(out).expanduser(), options, pictures).run()
+    kept = training if anchors is None else read_prompts(anchors)
+    return Aligner(pipe, encoder, training, kept_out, Path(out).expanduser(), options, pictures, kept).run()
 
 
 class Aligner:
@@ -101,6 +105,7 @@ class Aligner:
         out: Path,
         options: AlignmentOptions,
         pictures: str | os.PathLike | None = None,
+        anchors: AlignmentPrompts | None = None,
     ):
         self.options, self.out = options, out
         self.pictures = None if pictures is None else CaptionedPictures(pipe, pictures)
@@ -123,10 +128,10 @@ class Aligner:
         self.training, self.held_out = training, held_out
         if not held_out.teacher:
             raise ValueError("one prompt alone leaves none to train on: give at least 2, and better 10,000")
-        self._claim()
-        self.anchor: TextEncoder | None = None
-        if options.retrieval_weight and (options.lora_rank or options.train_backbone):
-            self.anchor = copy.deepcopy(self.encoder.text_encoder)
+        anchored = options.retrieval_weight and (options.lora_rank or options.train_backbone)
+        anchors = (anchors or training) if anchored else None
+        self._claim(anchors)
+        self.anchor = anchors and Anchor(self.encoder.text_encoder, [text for _, text in anchors.rows], options.seed)
         if options.lora_rank:
             self._add_adapter()
         self.trained = _Trained(self.encoder, self.connector, options.train_backbone)
@@ -196,7 +201,9 @@ class Aligner:
 
     def _token_step(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         """Step 1: the student's token states and pooled vectors against the teacher's."""
-        return self._conditioning_loss(*self._draw(step), step)
+        value, figures = self._conditioning_loss(*self._draw(step), step)
+        kept, more = self._kept(step)
+        return value + kept, figures | more
 
     def _say(self, texts: list[str]) -> Conditioning:
         """The student's conditioning, as the denoiser's cross-attention will read it."""
@@ -223,19 +230,15 @@ class Aligner:
         if options.contrast_weight:
             said = torch.tensor(indices, device=distance.device)
             value = value + options.contrast_weight * contrast(ours, teacher, self.known, said, self.accelerator)
-        if self.anchor is not None:
-            moved = self._moved(texts[:ANCHORED])
-            figures["moved"] = moved.item()
-            value = value + options.retrieval_weight * moved
         return value, figures
 
-    def _moved(self, texts: list[str]) -> Tensor:
-        """How far the encoder's vectors of texts are from those before the alignment: twice one minus the cosine."""
-        with torch.no_grad():
-            before = self.anchor.features(texts).dense
+    def _kept(self, step: int) -> tuple[Tensor | float, dict[str, float]]:
+        """The loss that holds a changing backbone to its vectors."""
+        if self.anchor is None:
+            return 0.0, {}
         with self.cast():
-            now = self.encoder.text_encoder.features(texts).dense
-        return (now.float() - before).square().sum(1).mean()
+            moved = self.anchor(self.encoder.text_encoder, step, share(self.accelerator, DRAWN))
+        return self.options.retrieval_weight * moved, {"moved": moved.item()}
 
     def _attention(self, student: Conditioning, teacher: Conditioning, step: int) -> Tensor | None:
         """The attention loss of each prompt and, last, of the empty one."""
@@ -265,7 +268,8 @@ class Aligner:
             value, figures = value + self.options.picture_weight * drawn, figures | {"pictures": drawn.item()}
         tokens, more = self._conditioning_loss(*self._draw(step + self.options.token_steps), step)
         remaining = 1 - step / self.options.denoiser_steps
-        return value + remaining * tokens, figures | more
+        kept, moved = self._kept(step + self.options.token_steps)
+        return value + remaining * tokens + kept, figures | more | moved
 
     def _pictured(self, like: Visit, step: int) -> Tensor:
         """The denoiser's own loss on real pictures under the student's captions, `(rows,)`."""
@@ -437,7 +441,7 @@ class Aligner:
             self.encoder.backbone = self.encoder.backbone.merge_and_unload()
         self.encoder.eval()
 
-    def _claim(self) -> None:
+    def _claim(self, anchors: AlignmentPrompts | None) -> None:
         """Write what decides the result into a new folder; refuse one that was begun with something else."""
         file = self.out / "alignment" / "begun.json"
         now = self.options.to_dict() | {
@@ -446,6 +450,7 @@ class Aligner:
             "teacher": fingerprint(self.teacher_pipe, []),
             "encoder": weights_hash(self.encoder),
             "pictures": self.pictures and [text for _, text in self.pictures.rows],
+            "anchors": anchors and anchors.fingerprint(),
         }
         now.pop("save_every")
         if file.is_file():

@@ -20,8 +20,8 @@ class AlignmentOptions:
         lora_rank: of an adapter on the backbone, merged at the end; 0 for none.
         train_backbone: train the layers of the backbone too, which a small one needs; its embeddings stay. Without this
             and without an adapter the backbone, and so retrieval, is untouched.
-        retrieval_weight: of the squared distance between the vectors that a changing backbone gives of texts and those
-            that it gave before. It holds back what a changing backbone loses of its retrieval, and does not prevent it.
+        retrieval_weight: of the loss that holds a changing backbone to the vectors that it gave of the anchors before;
+            see `Anchor`.
         closed_form_prompts: texts of step 0, the ridge regression of the bridge's last layer; 0 leaves it out.
         token_steps: steps of the loss between token states; 0 leaves the stage out.
         denoiser_steps: steps of the loss between the denoiser's outputs; 0 leaves the stage out.

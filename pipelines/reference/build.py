@@ -21,7 +21,7 @@ from textcond.folders import atomic_folder, write_json
 
 from .autoencoder import AutoencoderRecipe, held_out_psnr, train_autoencoder
 from .card import model_card
-from .clip import ClipRecipe, ImageTower, held_out_recall, train_clip
+from .clip import ClipRecipe, ImageTower, held_out_recall, ship_encoder, train_clip
 from .data import DEFAULT_COLOUR, ReferenceData, caption, fetch_artwork, prepare
 from .denoiser import DenoiserRecipe, train_denoiser
 from .evaluate import evaluate, save_samples
@@ -127,11 +127,7 @@ def ship(data: ReferenceData, out: Path, concepts: int) -> Path:
             if not (out / name).is_file():
                 raise FileNotFoundError(f"{out / name} is not there: run stage evaluate first")
             shutil.copy(out / name, folder / name)
-        # The text encoder's folder is also a sentence-transformers folder: the same weights find prompts.
-        encoder = TextEncoder.from_pretrained(out / "clip" / "text_encoder")
-        encoder.save_pretrained(folder / "text_encoder")
-        weights = folder / "text_encoder" / "model.safetensors"
-        write_tensors(weights, half(read_tensors(weights)))
+        ship_encoder(out / "clip", folder / "text_encoder")
     encoder = TextEncoder.from_pretrained(out / "emoji" / "text_encoder")
     build_index(data, encoder, out / "emoji" / "index", concepts)
     return out / "emoji"

@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from textcond import TextEncoder, TextEncoderConfig
 from textcond.files import half, read_tensors, write_tensors
 from textcond.folders import atomic_folder, read_json, write_json
+from textcond.index.image_text import ImageTextEncoder, OpenClipTower
 from textcond.losses import info_nce
 from textcond.pipelines.loop import fit, share, step_generator
 
@@ -136,6 +137,15 @@ class ImageTower(nn.Module):
         tower = cls(**read_json(Path(folder) / "config.json"))
         tower.load_state_dict(read_tensors(Path(folder) / "model.safetensors"))
         return tower.eval()
+
+    def as_open_clip(self) -> OpenClipTower:
+        """The same weights as a tower that prepares pictures of any size itself."""
+        vision = {"layers": self.config["layers"], "width": self.config["width"], "image_size": IMAGE_SIZE}
+        model = {"embed_dim": self.config["dim"], "vision_cfg": vision | {"head_width": 64}}
+        scaled = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+        tower = OpenClipTower(model, scaled)
+        tower.visual.load_state_dict(self.visual.state_dict())
+        return tower
 
 
 class TwoTowers(nn.Module):
@@ -323,6 +333,20 @@ def save_clip(out: Path, model: TwoTowers, tokenizer: CLIPTokenizer) -> None:
     with atomic_folder(out / "tokenizer", owned=("*",)) as folder:
         tokenizer.save_pretrained(folder)
     model.image_tower.save_pretrained(out / "image_encoder")
+
+
+def ship_encoder(clip: Path, folder: Path) -> None:
+    """Write what the stage left at `clip` as one text encoder folder with its image tower, in float16.
+
+    It is also a sentence-transformers folder: the same weights condition pictures, find prompts, and find them by
+    pictures.
+    """
+    text = TextEncoder.from_pretrained(clip / "text_encoder")
+    tower = ImageTower.from_pretrained(clip / "image_encoder").as_open_clip()
+    both = ImageTextEncoder(text.backbone, text.tokenizer, text.config, text.projection, image_tower=tower)
+    both.save_pretrained(folder)
+    for weights in folder.rglob("*.safetensors"):
+        write_tensors(weights, half(read_tensors(weights)))
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ from textcond.training import Data, Mining, Recipe, Stage, train
 
 from . import load_reference
 from .data import COLOURS, STYLES, Concept, caption, is_held_out, is_held_out_concept, read_concepts
-from .phrases import ALIGNED, build_phrases, digest, foreign_caption, key, read_phrases
+from .phrases import ALIGNED, UNSEEN, build_phrases, digest, foreign_caption, key, read_phrases
 
 STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune", "align", "ship")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the order of XLM-R
@@ -453,21 +453,24 @@ class AlignRecipe:
 
     Attributes:
         concepts: how many of the reference data's concepts the denoiser was taught.
-        translations: of each caption, in languages drawn anew.
+        translations: of each caption, in languages `ALIGNED` drawn anew.
+        names: of each caption's concept, in further languages drawn anew; the rest of the caption stays English.
         general: share of lines from `prompts.tsv`.
+        anchors: lines of `distil.txt` whose vectors are to stay.
     """
 
     concepts: int = 300
     translations: int = 3
+    names: int = 1
     general: float = 0.25
+    anchors: int = 300_000
     seed: int = 0
     options: AlignmentOptions = field(
         default_factory=lambda: AlignmentOptions(
-            token_steps=6000,
+            token_steps=5000,
             denoiser_steps=150,
             layers="average",
             train_backbone=True,
-            retrieval_weight=2.0,
             validate_every=500,
             learning_rate=2e-3,
             held_out=128,
@@ -488,16 +491,19 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
     for concept in drawn:
         if is_held_out_concept(concept.name):
             continue
-        names = {language: name for language, name in concept.names.items() if language in ALIGNED}
-        names = {language: name for language, name in names.items() if key(name) not in hidden}
+        names = {language: name for language, name in concept.names.items() if key(name) not in hidden}
+        aligned = sorted(language for language in names if language in ALIGNED)
+        further = sorted(language for language in names if language.split("-")[0] not in ("en", *ALIGNED, *UNSEEN))
         parts = itertools.product([None, *STYLES], [None, *COLOURS])
         for style, colour in parts:
             if style and colour and is_held_out(concept.name, style, colour):
                 continue
             english = caption(concept, style, colour)
             lines.append(english)
-            for language in rng.permutation(sorted(names))[: recipe.translations]:
+            for language in rng.permutation(aligned)[: recipe.translations]:
                 lines.append(f"{english}\t{foreign_caption(names[language], language, style, colour)}")
+            for language in rng.permutation(further)[: recipe.names]:
+                lines.append(f"{english}\t{caption(concept, style, colour, words=names[language])}")
         if len(concept.keywords) > 1:
             for style in STYLES:
                 words = ", ".join(rng.permutation(concept.keywords)[: int(rng.integers(1, 4))])
@@ -586,7 +592,9 @@ def build_multilingual(
             raise ValueError("stage align reads the captions of the reference data: pass data=")
         lines = alignment_prompts(phrases, read_concepts(data), recipe.align)
         tuned = TextEncoder.from_pretrained(out / "finetune" / "encoder")
-        align(pipeline or load_reference(), tuned, lines, out / "aligned", recipe.align.options)
+        with (phrases / "distil.txt").open(encoding="utf-8") as file:
+            anchors = list(itertools.islice(file, recipe.align.anchors))
+        align(pipeline or load_reference(), tuned, lines, out / "aligned", recipe.align.options, anchors=anchors)
     if "ship" in stages and accelerator.is_main_process:
         _need(out / "aligned" / "alignment.json", "align")
         ship(out / "aligned", out / "encoder")
