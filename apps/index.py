@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import re
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +17,9 @@ from .metadata import REFERENCE
 from .quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    import torch
     from PIL import Image
     from rich.table import Table
     from rich.text import Text
@@ -39,16 +43,6 @@ SourcesArgument = Annotated[
         "pictures, whose prompts are read from their metadata.",
     ),
 ]
-TextColumnOption = Annotated[
-    str | None, typer.Option(help="Column of the texts in tables; text, prompt or caption if left out.")
-]
-SplitOption = Annotated[str | None, typer.Option(help="Split of a datasets folder; train if left out.")]
-DistinctOption = Annotated[bool, typer.Option("--distinct", help="One row a text, whatever its metadata.")]
-ThumbnailsOption = Annotated[int, typer.Option(min=0, max=2048, help="Pixels of thumbnails; 0 keeps no pictures.")]
-StrictOption = Annotated[
-    bool, typer.Option("--strict", help="The first row that cannot be used is an error; else such rows are counted.")
-]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, max=100_000, help="Rows encoded and written at once.")]
 EncoderOption = Annotated[
     str, typer.Option("--encoder", "-e", metavar="FOLDER|ID", help="Text encoder; the reference model's if left out.")
 ]
@@ -57,19 +51,50 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32, float16 or bfloa
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+@dataclass(frozen=True)
+class Feeding:
+    """How SOURCEs are read and written: the options that `build` and `add` share."""
+
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the texts in tables; text, prompt or caption if left out.")
+    ] = None
+    split: Annotated[str | None, typer.Option(help="Split of a datasets folder; train if left out.")] = None
+    distinct: Annotated[bool, typer.Option("--distinct", help="One row a text, whatever its metadata.")] = False
+    thumbnails: Annotated[int, typer.Option(min=0, max=2048, help="Pixels of thumbnails; 0 keeps no pictures.")] = 256
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="The first row that cannot be used is an error; else such rows are counted."),
+    ] = False
+    batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Rows encoded and written at once.")] = 1024
+
+
+def takes_feeding(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the fields of `Feeding` as options; it gets their values as its argument `feeding`."""
+    options = inspect.signature(Feeding, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        feeding = Feeding(**{name: given.pop(name) for name in options})
+        command(**given, feeding=feeding)
+
+    # typer reads both
+    parameters = [*(one for one in own.parameters.values() if one.name != "feeding"), *options.values()]
+    run.__signature__ = own.replace(parameters=parameters)
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
+
+
 @index.command()
+@takes_feeding
 def build(
     path: IndexArgument,
     sources: SourcesArgument,
     encoder: EncoderOption = REFERENCE,
-    text_column: TextColumnOption = None,
-    split: SplitOption = None,
-    distinct: DistinctOption = False,
-    thumbnails: ThumbnailsOption = 256,
-    strict: StrictOption = False,
-    batch_size: BatchOption = 1024,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    *,
+    feeding: Feeding,
 ) -> None:
     """Make INDEX from SOURCEs. Ctrl-C is safe: the same command goes on. `accelerate launch` spreads the encoding."""
     quiet_libraries()
@@ -80,28 +105,21 @@ def build(
     from textcond.index.sources import find_sources
 
     find_sources(sources)  # before anything is made
-    made = _created(path, encoder, device, dtype)
-    _feed(made, path, sources, text_column, split, distinct, thumbnails, strict, batch_size)
+    _feed(_created(path, encoder, device, dtype), path, sources, feeding)
 
 
 @index.command()
-def add(
-    path: IndexArgument,
-    sources: SourcesArgument,
-    text_column: TextColumnOption = None,
-    split: SplitOption = None,
-    distinct: DistinctOption = False,
-    thumbnails: ThumbnailsOption = 256,
-    strict: StrictOption = False,
-    batch_size: BatchOption = 1024,
-) -> None:
+@takes_feeding
+def add(path: IndexArgument, sources: SourcesArgument, device: DeviceOption = None, *, feeding: Feeding) -> None:
     """Add SOURCEs to INDEX; rows that it has already are left alone. Ctrl-C is safe: the same command goes on."""
     quiet_libraries()
     from textcond.index.feed import help_feed, is_first_process
 
     if not is_first_process():
         return help_feed()
-    _feed(_opened(path), path, sources, text_column, split, distinct, thumbnails, strict, batch_size)
+    opened = _opened(path)
+    opened.encoder.to(_place(device))
+    _feed(opened, path, sources, feeding)
 
 
 @index.command()
@@ -166,7 +184,7 @@ def demo(
         with rows.open("w", encoding="utf-8") as file:
             for row in _demo_rows(modifiers):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        _feed(made, path, [rows], distinct=True)
+        _feed(made, path, [rows], Feeding(distinct=True))
 
 
 def search(
@@ -205,10 +223,9 @@ def search(
     quiet_libraries()
     asked: Any = query
     if image is not None:
-        from textcond.index.picture_prompts import open_picture
+        from textcond.index.pictures import read_picture
 
-        with open_picture(image) as picture:
-            asked = picture.convert("RGB")
+        asked = read_picture(image)
     hits = _opened(path).search(asked, k=k, mode=mode, filter=wanted or None, diversity=diversity)
     if as_json:
         print(json.dumps([_as_json(hit) for hit in hits], ensure_ascii=False, indent=2))
@@ -309,13 +326,19 @@ def _as_json(hit: Hit) -> dict[str, Any]:
 
 
 def _encoder(name: str, device: str | None, dtype: str | None) -> TextEncoder:
-    from textcond.index.feed import launched
-
     from .loading import load_text_encoder
 
-    if device is None and (state := launched()) is not None:
-        device = str(state.device)  # each process has its own
-    return load_text_encoder(name, device=device, dtype=dtype)
+    return load_text_encoder(name, device=str(_place(device)), dtype=dtype)
+
+
+def _place(device: str | None) -> torch.device:
+    """The device of that name; without one, this process's own of those that were launched, or what there is."""
+    from textcond.index.feed import launched
+
+    from .loading import torch_device
+
+    state = launched() if device is None else None
+    return torch_device(device) if state is None else state.device
 
 
 def _created(path: str, encoder: str, device: str | None, dtype: str | None) -> PromptIndex:
@@ -323,12 +346,14 @@ def _created(path: str, encoder: str, device: str | None, dtype: str | None) -> 
     from textcond import PromptIndex
     from textcond.index.feed import mark_path
 
-    mark = mark_path(path)
+    mark, loaded = mark_path(path), _encoder(encoder, device, dtype)
     if mark is not None and mark.is_file():
-        return PromptIndex.open(path, _encoder(encoder, device, dtype))
+        return PromptIndex.open(path, loaded)
     try:
-        return PromptIndex.create(path, _encoder(encoder, device, dtype))
+        return PromptIndex.create(path, loaded)
     except FileExistsError as error:
+        if "there is an index" in str(error) and not len(PromptIndex.open(path)):
+            return PromptIndex.open(path, loaded)  # stopped before its first row and its mark
         raise FileExistsError(f"{error}; `textcond index add` adds to an index") from error
 
 
@@ -338,30 +363,17 @@ def _opened(path: str | None) -> PromptIndex:
     return open_index(path)
 
 
-def _feed(
-    made: PromptIndex,
-    path: str,
-    sources: list[Path],
-    text_column: str | None = None,
-    split: str | None = None,
-    distinct: bool = False,
-    thumbnails: int = 256,
-    strict: bool = False,
-    batch_size: int = 1024,
-) -> None:
+def _feed(made: PromptIndex, path: str, sources: list[Path], feeding: Feeding) -> None:
     from textcond.index.feed import feed, mark_path
 
+    options = asdict(feeding)
     report = feed(
         made,
         sources,
-        text_column=text_column,
-        split=split,
-        distinct=distinct,
-        thumbnails=thumbnails,
-        batch_size=batch_size,
-        on_error="raise" if strict else "skip",
+        on_error="raise" if options.pop("strict") else "skip",
         mark=mark_path(path),
         show_progress_bar=sys.stderr.isatty(),
+        **options,
     )
     print(f"{path}: {report}")
 

@@ -171,8 +171,8 @@ def find_encoder(name: str | Path) -> str:
 
 
 def load_text_encoder(name: str = REFERENCE, *, device: str | None = None, dtype: str | None = None) -> TextEncoder:
-    """A text encoder by folder or hub id; "reference" is the reference model's own."""
-    from textcond.encoder import TextEncoder
+    """A text encoder by folder or hub id, with its image tower if there is one; "reference" is the reference's."""
+    from textcond.index.image_text import load_encoder
 
     place = torch_device(device)
     folder: str | Path = name
@@ -180,7 +180,7 @@ def load_text_encoder(name: str = REFERENCE, *, device: str | None = None, dtype
         from textcond.pipelines import reference
 
         folder = reference.REFERENCE / "text_encoder"
-    return TextEncoder.from_pretrained(folder, device=place, dtype=torch_dtype(dtype, place))
+    return load_encoder(folder, device=place, dtype=torch_dtype(dtype, place))
 
 
 def torch_device(name: str | None) -> torch.device:

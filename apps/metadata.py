@@ -173,9 +173,10 @@ def read_parameters(path: str | Path) -> Parameters:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a PNG, JPEG or WebP, or one that does not tell prompt, seed and steps.
+        ValueError: not a picture that can be read, or one that does not tell prompt, seed and steps.
     """
-    from textcond.index.picture_prompts import made_with, open_picture, picture_texts
+    from textcond.index.picture_prompts import made_with, picture_texts
+    from textcond.index.pictures import open_picture
 
     with open_picture(path) as image:
         texts = picture_texts(image)

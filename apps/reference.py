@@ -42,9 +42,9 @@ def multilingual(
     packages: Annotated[
         Path, typer.Option(help="A node_modules folder with the text packages; see `pipelines/reference/phrases.py`.")
     ],
-    data: Annotated[Path, typer.Option(help="Data of `reference build`: concepts and artwork.")] = Path(
-        "runs/emoji/data"
-    ),
+    reference: Annotated[
+        Path, typer.Option(help="Working folder of `reference build`: its data, and its CLIP for pictures as queries.")
+    ] = Path("runs/emoji"),
     teacher: Annotated[str, typer.Option(metavar="FOLDER|ID", help="The encoder that is distilled.")] = (
         "intfloat/multilingual-e5-small"
     ),
@@ -55,7 +55,10 @@ def multilingual(
     """Make the multilingual encoder: phrases, vocabulary, distillation, fine-tuning, alignment. Ctrl-C is safe."""
     from textcond.pipelines.reference.multilingual import STAGES, build_multilingual
 
-    build_multilingual(out, stage or STAGES, phrases=out / "phrases", teacher=teacher, packages=packages, data=data)
+    build_multilingual(
+        out, stage or STAGES, phrases=out / "phrases", teacher=teacher, packages=packages,
+        data=reference / "data", clip=reference / "clip",
+    )  # fmt: skip
     print(out / "encoder")
 
 

@@ -256,16 +256,15 @@ def _placement_problems(family: Family, slot: Slot, encoder: PreTrainedModel, de
     problems, name, other = [], slot.name, f"the {_named(family)}"
     hooked = [label for label, module in ((name, encoder), (other, denoiser)) if hasattr(module, "_hf_hook")]
     plain = (torch.float32, torch.float16, torch.bfloat16)
-    if encoder.dtype != denoiser.dtype and denoiser.dtype in plain and not slot.casts:
-        problems.append(f"{name} is {encoder.dtype}, {other} {denoiser.dtype}: call encoder.to({denoiser.dtype})")
+    dtype, device = denoiser.dtype, denoiser.device  # each looks through thousands of modules
+    if encoder.dtype != dtype and dtype in plain and not slot.casts:
+        problems.append(f"{name} is {encoder.dtype}, {other} {dtype}: call encoder.to({dtype})")
     if len(hooked) == 1:
         problems.append(
             f"{hooked[0]} is offloaded and the other is not: call pipe.remove_all_hooks(), swap, then offload again"
         )
-    elif not hooked and encoder.device != denoiser.device:
-        problems.append(
-            f'{name} is on {encoder.device}, {other} on {denoiser.device}: call encoder.to("{denoiser.device}")'
-        )
+    elif not hooked and encoder.device != device:
+        problems.append(f'{name} is on {encoder.device}, {other} on {device}: call encoder.to("{device}")')
     return problems
 
 

@@ -88,6 +88,10 @@ class Browser:
         (element,) = found.values()
         self._call("POST", f"/element/{element}/click", {})
 
+    def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
+        """An event at a place of the window: "mouseMoved", "mousePressed", "mouseReleased" or "mouseWheel"."""
+        self.cdp("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1, **more)
+
     def log(self, kind: str) -> list[dict]:
         """Entries since the last call: "browser" (console) or "performance" (network)."""
         return self._call("POST", "/se/log", {"type": kind})

@@ -131,7 +131,7 @@ def test_a_long_prompt_is_read_up_to_the_limit_and_that_is_told(generate):
         (["--width", "65"], "divisible by 8"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used here"),
         (["--dtype", "int8"], "dtype 'int8' is unknown"),
-        (["--like", "none.png"], "No such file or directory: "),
+        (["--like", "none.png"], "no image file none.png"),
         (["--like", "text.png"], "not a readable PNG"),
     ],
 )

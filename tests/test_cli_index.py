@@ -1,9 +1,15 @@
+import contextlib
 import io
+import itertools
 import json
+import multiprocessing
 import os
+import random
 import signal
+import time
 import zipfile
 
+import numpy as np
 import pytest
 from pictures import TOOLS, picture, write_png
 from rich.console import Console
@@ -12,6 +18,7 @@ from tiny import backbone, text_encoder
 from textcond import Hit, PromptIndex, TextEncoder
 from textcond.apps.cli import main
 from textcond.apps.index import hits_table, parse_filters
+from textcond.pipelines.reference import open_reference_index
 
 ROWS = [
     {"text": "a red fox in the snow", "style": "noto", "steps": 20},
@@ -97,6 +104,116 @@ def test_a_build_that_was_stopped_is_taken_up_by_the_same_command(run, rows, enc
     assert run(*command)[:2] == (0, "idx: 2 rows added, 0 were there already\n")
 
 
+def contents(path):
+    """Every row of an index, in the order of ids, and their vectors."""
+    batches = PromptIndex.open(path).store.scan(None, batch=1000, vectors=True, images=False)
+    rows = sorted(itertools.chain.from_iterable(batches), key=lambda row: row.id)
+    return [(row.id, row.text, row.metadata) for row in rows], np.array([row.vector for row in rows])
+
+
+# forked from a process that has imported what takes seconds, so that random moments are of the build
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(["textcond.apps.index", "textcond.index.feed", "textcond.index.image_text"])
+
+
+class KilledBuild:
+    """`textcond index build` of numbered rows in a process of its own, again and again, and what it leaves."""
+
+    BATCH = 20
+
+    def __init__(self, folder, encoder, rows):
+        self.folder, self.rows, self.least, self.path = folder, rows, 0, folder / "0"
+        self.source, self.encoder = folder / "rows.jsonl", encoder
+        lines = (json.dumps({"text": f"prompt {row}", "row": row}) + "\n" for row in range(rows))
+        self.source.write_text("".join(lines))
+
+    def arguments(self, path):
+        return [
+            str(one) for one in ("index", "build", path, self.source, "-e", self.encoder, "--batch-size", self.BATCH)
+        ]
+
+    def start(self):
+        process = WARM.Process(target=main, args=(self.arguments(self.path),))
+        process.start()
+        return process
+
+    @property
+    def read(self):
+        """How many rows the mark acknowledges; None without one."""
+        mark = self.path / "feeding.json"
+        return sum(row for *_, row in json.loads(mark.read_text())["rows"].values()) if mark.exists() else None
+
+    def check_killed(self):
+        """Whole batches from the first row on, no fewer than before or than were acknowledged."""
+        for partial in self.path.glob("*.partial"):
+            os.utime(partial, (0, 0))  # as if the next try came an hour later
+        found = []
+        with contextlib.suppress(FileNotFoundError):  # killed before or while it was made
+            found = sorted(hit.metadata["row"] for hit in PromptIndex.open(self.path).rows())
+        assert found == list(range(len(found)))
+        assert len(found) % self.BATCH == 0
+        assert len(found) >= max(self.least, self.read or 0)
+        self.least = len(found)
+        return self.least == self.rows and self.read is None
+
+    def check_done(self, whole):
+        """The same rows and vectors as of a build that nobody killed, and nothing beside them; then anew elsewhere."""
+        rows, vectors = contents(self.path)
+        assert rows == whole[0]
+        assert abs(vectors - whole[1]).max() < 1e-6
+        assert not [
+            *self.path.rglob("*.partial"),
+            *self.path.rglob("feeding.json"),
+            *self.folder.glob("*.feeding.json"),
+        ]
+        self.least, self.path = 0, self.folder / str(int(self.path.name) + 1)
+
+
+def test_a_build_that_was_killed_goes_on_to_the_same_index(run, encoder, tmp_path):
+    build = KilledBuild(tmp_path, encoder, 400)
+    assert run(*build.arguments(tmp_path / "whole"))[0] == 0
+    process = build.start()
+    while process.is_alive() and not build.read:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert not build.check_killed()
+    assert build.least > 0
+    process = build.start()
+    process.join()
+    assert process.exitcode == 0
+    build.check_done(contents(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_after_kill_9_at_50_random_moments_nothing_is_lost_or_half_there(run, encoder, tmp_path):
+    build, moments = KilledBuild(tmp_path, encoder, 2000), random.Random(0)
+    assert run(*build.arguments(tmp_path / "whole"))[0] == 0
+    whole, kills = contents(tmp_path / "whole"), []
+    while len(kills) < 50 or build.least:
+        process = build.start()
+        if len(kills) % 4 == 0:  # before its first row, mostly
+            process.join(moments.uniform(0, 2))
+        else:  # a moment of the feeding, whatever else the machine does
+            reached = moments.randint(min(build.least + 1, build.rows), build.rows)
+            while process.is_alive() and (build.read or 0) < reached:
+                time.sleep(0.001)
+            process.join(moments.uniform(0, 0.05))
+        if len(kills) < 50:
+            process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            done = build.check_killed()
+            kills.append(build.least)
+        else:
+            assert process.exitcode == 0
+            done = True
+        if done:
+            build.check_done(whole)
+    print(f"killed {len(kills)} times, with so many rows there: {kills}")
+    assert len({rows for rows in kills if 0 < rows < build.rows}) > 10
+
+
 def test_pictures_become_rows_with_thumbnails(run, encoder, tmp_path):
     (tmp_path / "made").mkdir()
     for number, (texts, _) in enumerate(TOOLS.values()):
@@ -106,6 +223,41 @@ def test_pictures_become_rows_with_thumbnails(run, encoder, tmp_path):
     assert hit["text"] == "a copper teapot"
     (row,) = PromptIndex.open("idx").get([hit["id"]])
     assert row.image.size == (16, 12)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Pictures of three things by the reference model's artwork, without a prompt, by what they are."""
+    (tmp_path / "drawn").mkdir()
+    files = {}
+    for hit in open_reference_index().rows({"style": "noto", "concept": ["violin", "boar", "jeans"]}):
+        name = hit.metadata["concept"]
+        files[name] = tmp_path / "drawn" / f"{name}.png"
+        hit.image.save(files[name])
+    return files
+
+
+def test_pictures_find_prompts_with_the_reference_encoder(run, rows, encoder, drawn, tmp_path):
+    (tmp_path / "names.txt").write_text("jeans\nwhale\nviolin\nboar\nspider web\n")
+    assert run("index", "build", "idx", "names.txt")[0] == 0
+    run("index", "build", "other", "names.txt", "--encoder", encoder)
+    assert run("index", "rebuild", "other", "new")[0] == 0
+    assert run("index", "add", "idx", rows)[0] == 0
+    for name, file in drawn.items():
+        for index in ("idx", "new"):
+            (hit,) = json.loads(run("search", "--image", file, "-i", index, "-k", 1, "--json")[1])
+            assert hit["text"] == name
+    (hit,) = json.loads(run("search", "--image", drawn["violin"], "-k", 1, "--json")[1])
+    assert hit["metadata"]["concept"] == "violin"
+
+
+def test_prompts_find_pictures_that_have_none(run, drawn):
+    assert run("index", "build", "idx", "drawn")[:2] == (0, "idx: 3 rows added, 0 were there already\n")
+    for name in drawn:
+        (hit,) = json.loads(run("search", name, "-i", "idx", "-k", 1, "--json")[1])
+        (row,) = PromptIndex.open("idx").get([hit["id"]])
+        assert (row.text, row.image.size) == ("", (96, 96))
+        assert row.metadata["path"].endswith(f"{name}.png")
 
 
 def test_rebuild_makes_an_index_of_another_encoder(run, built, tmp_path):

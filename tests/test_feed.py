@@ -3,10 +3,8 @@ import datetime
 import gzip
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import datasets
@@ -17,7 +15,7 @@ from pictures import TOOLS, WEB_UI, picture, raw_png, unicode_comment, write_exi
 from tiny import text_encoder
 
 from textcond import PromptIndex, TextEncoder
-from textcond.index.feed import feed, mark_path
+from textcond.index.feed import feed
 from textcond.index.modifiers import prompt_modifiers
 
 PROMPTS = ["a red fox", "ein roter Fuchs", "赤い狐 🦊", 'quotes "and", commas']
@@ -131,7 +129,7 @@ def test_a_folder_of_pictures_gives_prompts_settings_and_thumbnails(tmp_path, in
     (tmp_path / ".hidden.png").write_bytes(b"")
     report = feed(index, tmp_path)
     assert (report.added, report.skipped) == (len(TOOLS) + 2, 2)
-    assert set(report.reasons) == {"carries no prompt", "is not a readable PNG, JPEG or WebP picture"}
+    assert set(report.reasons) == {"carries no prompt", "is not a readable PNG, JPEG, WebP, GIF, BMP or TIFF picture"}
     assert "bare.png:1: carries no prompt" in report.first
     hits = {(hit.text, hit.metadata["tool"]): hit for hit in index.rows()}
     fox = hits[TOOLS["comfyui"][1], "comfyui"]
@@ -293,6 +291,44 @@ def test_progress_tells_how_many_of_all_rows_are_done(tmp_path, index, capsys):
     assert "3/3" in capsys.readouterr().err
 
 
+def one_line(path, rows):
+    path.write_text(json.dumps(rows))
+
+
+def part(path, rows):
+    path.write_text(json.dumps({f"{place}.png": {"p": row["text"]} for place, row in enumerate(rows)}))
+
+
+def saved_dataset(path, rows):
+    datasets.Dataset.from_list(rows).save_to_disk(path)
+
+
+WRITERS = {"a.json": one_line, "part-000001.json": part, "folder": saved_dataset} | dict.fromkeys(KINDS, write_table)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_is_counted_and_goes_on_where_it_stopped(tmp_path, index, name, capsys, monkeypatch):
+    WRITERS[name](tmp_path / name, [{"text": f'the "text": {row}', "style": "noto"} for row in range(9)])
+    add = PromptIndex.add
+
+    def stopped(index, *arguments, **options):
+        if len(index) == 4:
+            raise KeyboardInterrupt
+        return add(index, *arguments, **options)
+
+    monkeypatch.setattr(PromptIndex, "add", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        feed(index, tmp_path / name, batch_size=2, mark=tmp_path / "mark")
+    monkeypatch.undo()
+    capsys.readouterr()
+    feed(index, tmp_path / name, batch_size=2, mark=tmp_path / "mark", show_progress_bar=True)
+    assert len(index) == 9
+    if name not in ("a.txt", "a.txt.gz", "a.csv", "a.tsv"):  # whose blank lines or header are counted, too
+        shown = capsys.readouterr().err
+        assert "4/9" in shown
+        assert "9/9" in shown
+
+
 def test_a_mark_does_not_hide_what_changed(tmp_path, index):
     path = write_table(tmp_path / "a.jsonl", [{"text": "a fox"}])
     size, time_ns = path.stat().st_size, path.stat().st_mtime_ns
@@ -303,42 +339,6 @@ def test_a_mark_does_not_hide_what_changed(tmp_path, index):
     assert feed(index, path, mark=mark).added == 1
     mark.write_text(json.dumps({"rows": {str(path): [size, time_ns, 1]}}))
     assert feed(index, path, mark=mark, distinct=True).read == 1  # another kind of feed
-
-
-FEED = """
-import sys
-from textcond import PromptIndex, TextEncoder
-from textcond.index.feed import feed, mark_path
-index, source, encoder = sys.argv[1:]
-try:
-    made = PromptIndex.create(index, TextEncoder.from_pretrained(encoder))
-except FileExistsError:
-    made = PromptIndex.open(index)
-print("ready", flush=True)
-print(feed(made, source, batch_size=20, mark=mark_path(index)).added, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_after_kill_9_the_same_command_goes_on_and_nothing_is_lost(tmp_path, encoder):
-    encoder.save_pretrained(tmp_path / "encoder")
-    source = write_table(tmp_path / "a.jsonl", [{"text": f"prompt {number}"} for number in range(400)])
-    command = [sys.executable, "-c", FEED, str(tmp_path / "index"), str(source), str(tmp_path / "encoder")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout.readline() == "ready\n"
-    mark = mark_path(tmp_path / "index")
-    while process.poll() is None and not (mark.is_file() and str(source) in mark.read_text()):
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    marked = json.loads(mark.read_text())["rows"][str(source)][2]
-    index = PromptIndex.open(tmp_path / "index")
-    assert 0 < marked <= len(index) < 400
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert int(done.stdout.split()[-1]) < 400
-    index = PromptIndex.open(tmp_path / "index")
-    assert sorted(hit.text for hit in index.rows()) == sorted(f"prompt {number}" for number in range(400))
 
 
 LAUNCHED = """

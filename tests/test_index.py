@@ -301,7 +301,7 @@ def test_bad_pictures_are_named_and_nothing_is_added(index, tmp_path, monkeypatc
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(buffer, "PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:6000])
     (tmp_path / "text.png").write_text("hello")
-    for name, message in (("cut.png", "damaged or cut short"), ("text.png", "is not a picture")):
+    for name, message in (("cut.png", "damaged or cut short"), ("text.png", "is not a readable")):
         with pytest.raises(ValueError, match=rf"{name} {message}|{name}.*{message}"):
             index.add(["good", "bad"], images=[buffer.getvalue(), tmp_path / name])
     with pytest.raises(FileNotFoundError, match=r"no image file .*none\.png"):
@@ -313,7 +313,14 @@ def test_bad_pictures_are_named_and_nothing_is_added(index, tmp_path, monkeypatc
     assert index.stats()["pictures"] == 0
 
 
-def test_rebuild_makes_new_vectors_of_the_same_rows_and_goes_on_where_it_stopped(tmp_path, model, monkeypatch):
+def test_a_stored_picture_has_the_limits_of_one_that_comes_in(index, monkeypatch):
+    index.add(["a"], images=[Image.new("RGB", (64, 64))], ids=["wide"])
+    monkeypatch.setattr("textcond.index.pictures.MAX_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"picture of row wide is damaged .*64 x 64 pixels"):
+        _ = index.get(["wide"])[0].image
+
+
+def test_rebuild_makes_new_vectors_of_the_same_rows_and_goes_on_where_it_stopped(tmp_path, model, monkeypatch, capsys):
     index = PromptIndex.create(tmp_path / "old", model)
     index.add(TEXTS, [{"n": n} for n in range(6)], [Image.new("L", (2, 2), 9)] + [None] * 5, ids=list("abcdef"))
     other = encoder(seed=1, width=16)
@@ -324,7 +331,8 @@ def test_rebuild_makes_new_vectors_of_the_same_rows_and_goes_on_where_it_stopped
     monkeypatch.setattr(other, "encode", lambda texts, **options: encoded.extend(texts) or encode(texts, **options))
 
     # the encoder of the old index is not needed
-    rebuilt = PromptIndex.open(tmp_path / "old").rebuild(tmp_path / "new", other)
+    rebuilt = PromptIndex.open(tmp_path / "old").rebuild(tmp_path / "new", other, show_progress_bar=True)
+    assert "6/6" in capsys.readouterr().err
     assert sorted(encoded) == sorted(TEXTS[2:])
     assert [(hit.text, hit.metadata["n"]) for hit in rebuilt.get(list("abcdef"))] == list(zip(TEXTS, range(6)))
     assert rebuilt.get(["a"])[0].image.getpixel((0, 0)) == 9

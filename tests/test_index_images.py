@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from textcond import PromptIndex, TextEncoder
 from textcond.index.image_text import ImageTextEncoder, load_encoder
-from textcond.index.pictures import MOST_PIXELS, read_picture
+from textcond.index.pictures import MAX_PIXELS, read_picture
 
 TEXTS = ["a red fox", "", "two green birds on a fence"]
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -190,15 +190,15 @@ def bomb(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no picture", "not a picture that can be read"),
-        (b"", "not a picture that can be read"),
+        (b"no picture", "not a readable PNG"),
+        (b"", "not a readable PNG"),
         (png(pictures()[0])[:300], "damaged or cut short"),
-        (bomb(60_000, 60_000), f"more than {MOST_PIXELS:,} pixels"),
-        (bomb(10_000, 10_000), "10000 x 10000 pixels"),
+        (bomb(60_000, 60_000), f"too many pixels: up to {MAX_PIXELS:,}"),
+        (bomb(10_000, 10_000), "10,000 x 10,000 pixels"),
         (bomb(8, 8), "damaged or cut short"),
     ],
 )
@@ -209,6 +209,15 @@ def test_bad_pictures_are_one_clear_error(content, message, tmp_path):
             read_picture(source)
         assert "\n" not in str(error.value)
     assert "bad.png" in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_format_is_read_and_others_are_not(form, tmp_path):
+    Image.new("RGB", (5, 4), "red").save(tmp_path / "picture", form)
+    assert read_picture(tmp_path / "picture").size == (5, 4)
+    Image.new("RGB", (5, 4)).save(tmp_path / "picture.ppm", "PPM")
+    with pytest.raises(ValueError, match="not a readable"):
+        read_picture(tmp_path / "picture.ppm")
 
 
 def test_what_is_no_picture_at_all_is_refused(tmp_path):

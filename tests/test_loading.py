@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from textcond.apps.loading import find_encoder, find_pipeline, load_pipeline, load_text_encoder
 
@@ -76,6 +77,10 @@ def test_an_unknown_dtype_is_named(demo):
 def test_a_text_encoder_is_loaded_from_either_kind_of_folder(demo):
     assert load_text_encoder(f"{demo.pipeline}/text_encoder").dim == 32
     assert load_text_encoder(demo.encoder).dim == 32
+
+
+def test_the_reference_encoder_reads_pictures_too():
+    assert load_text_encoder().encode_image([Image.new("RGB", (5, 4))]).shape == (1, 256)
 
 
 def test_multilingual_is_the_shipped_encoder():

@@ -5,7 +5,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderTiny
+from PIL import Image
 
+from textcond import TextEncoder
+from textcond.index.image_text import load_encoder
 from textcond.pipelines.reference.autoencoder import AutoencoderRecipe, held_out_psnr, psnr, train_autoencoder
 from textcond.pipelines.reference.clip import (
     Claim,
@@ -14,6 +17,7 @@ from textcond.pipelines.reference.clip import (
     HardNegatives,
     ImageTower,
     held_out_recall,
+    ship_encoder,
     train_clip,
     train_tokenizer,
 )
@@ -61,6 +65,12 @@ def test_every_stage_runs_and_its_files_load(data, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)
     tower = ImageTower.from_pretrained(clip / "image_encoder")
     assert 0 <= held_out_recall(data, pipe.text_encoder, pipe.tokenizer, tower, k=2) <= 1
+    ship_encoder(clip, tmp_path / "shipped")
+    shipped, drawn = load_encoder(tmp_path / "shipped"), Image.new("RGB", (96, 80), "teal")
+    pixels = to_pixels([drawn.resize((64, 64))])
+    assert abs(shipped.encode_image([drawn])[0] - tower(pixels)[0].detach().numpy()).max() < 1e-3
+    text = TextEncoder.from_pretrained(clip / "text_encoder").encode("a red circle")
+    assert abs(shipped.encode("a red circle") - text).max() < 1e-2
     cases = style_cases(data, 4)
     pictures = pipe([case.prompt for case in cases], num_inference_steps=2, output_type="pil").images
     hits = judge_pictures(Judge.from_pretrained(judge), pictures, cases, among=4)

@@ -14,6 +14,7 @@ from pathlib import Path
 import browser
 import pytest
 from PIL import Image
+from styled_index import TEXTS, styled_index
 from tiny_reference import PROMPTS
 
 from textcond.apps.metadata import Parameters, read_parameters, write_png
@@ -79,6 +80,16 @@ def reference(tmp_path_factory):
     started.close()
 
 
+@pytest.fixture(scope="module")
+def styled(demo, tmp_path_factory):
+    """With an index that has styles and languages."""
+    folder = tmp_path_factory.mktemp("styled")
+    index = styled_index(folder / "index", demo)
+    started = Server(folder / "pictures", "--pipeline", demo.pipeline, "--index", str(index))
+    yield started
+    started.close()
+
+
 def _options(demo):
     return "--pipeline", demo.pipeline, "--index", demo.index
 
@@ -114,6 +125,15 @@ def _check_console(window):
 
 @pytest.fixture
 def page(server, window):
+    yield from _visit(server, window)
+
+
+@pytest.fixture
+def explorer(styled, window):
+    yield from _visit(styled, window)
+
+
+def _visit(server, window):
     """A first visit, and at the end no console error and no request that leaves the machine."""
     window.look(width=1280, height=900)
     window.open(f"{server.address}theme.css")
@@ -148,8 +168,8 @@ def _unfold(page, box, inside):
     page.until(f"document.querySelector('{inside}')?.offsetParent", "what is folded")
 
 
-def _tab(page, number):
-    page.script(f"{TABS}[{number}].click()")
+def _tab(page, title):
+    page.script(f"[...{TABS}].find(tab => tab.textContent.trim() == arguments[0]).click()", title)
 
 
 def _choose(page, box, label):
@@ -300,9 +320,18 @@ def test_several_pictures_of_a_size_and_sampler(page):
     assert "64×96" in page.script(f"return {STATUS}")
 
 
+def _laid(slider, page):
+    """Where the two pictures of a slider lie."""
+    return page.script(
+        "return [...document.querySelectorAll(`${arguments[0]} img`)].map(image =>"
+        " { const box = image.getBoundingClientRect(); return [box.left, box.top, box.width, box.height] })",
+        slider,
+    )
+
+
 def test_encoders_side_by_side(page, demo, screenshots):
     _write(page, "red fox")
-    _tab(page, 1)
+    _tab(page, "Compare")
     page.until("document.querySelector('#compare-prompt textarea')?.value == 'red fox'", "the prompt")
     page.keys("#compare-encoders input", f"{demo.encoder}{ENTER}")
     page.click("#compare")
@@ -312,7 +341,102 @@ def test_encoders_side_by_side(page, demo, screenshots):
     assert [row.split("\t")[0] for row in rows] == ["native", "demo0/encoder"]
     sources = page.script("return [...document.querySelectorAll('#ab img')].map(image => image.src)")
     assert len(set(sources)) == 2
+    page.until(lambda: len({tuple(box) for box in _laid("#ab", page)}) == 1, "them to lie on each other")
     page.screenshot(screenshots / "compare.png")
+
+
+MAP = "document.querySelector('#map canvas')"
+LEGEND = "[...document.querySelectorAll('#map .values button')].map(one => one.innerText.replace(/\\s+/g, ' ').trim())"
+HERE = "document.querySelector('#map .here')"
+TIP = "document.querySelector('#map .tip')"
+CARD = "(document.querySelector('#explore-card .text')?.innerText ?? '')"
+COLOURED = (
+    f"(() => {{ const all = {MAP}.getContext('2d').getImageData(0, 0, {MAP}.width, {MAP}.height).data;"
+    "const seen = new Set(); for (let at = 0; at < all.length; at += 4) if (all[at + 3] > 200)"
+    "seen.add(all.slice(at, at + 3).join()); return [...seen]; })()"
+)
+
+
+def _explore(page):
+    _tab(page, "Explore")
+    page.until(f"{MAP}?.dataset.count == {len(TEXTS)} && {COLOURED}.length", "the map", PATIENCE)
+
+
+def test_the_map_takes_its_colours_from_style_or_language_and_shows_the_prompts_place(explorer, screenshots):
+    _write(explorer, "red b, flat style")
+    _explore(explorer)
+    assert explorer.script(f"return {LEGEND}") == ["blob 8", "flat 8", "noto 8"]
+    before = explorer.script(f"return {COLOURED}")
+    explorer.until(f"{HERE}?.offsetParent && {HERE}.innerText == 'your prompt'", "the prompt's place", PATIENCE)
+    near = "[...document.querySelectorAll('#explore-near .caption-label')].map(label => label.innerText)"
+    explorer.until(f"{near}[0] == '1.00 · red b, flat style'", "its neighbours")
+    explorer.screenshot(screenshots / "explore.png")
+    explorer.script(
+        "[...document.querySelectorAll('#map .by button')].find(one => one.innerText == 'language').click()"
+    )
+    explorer.until(f"{LEGEND}.join() == 'de 12,en 12'", "the other legend")
+    explorer.script("document.querySelector('#map .values button').click()")
+    explorer.until(
+        "document.querySelector('#map .values button').getAttribute('aria-pressed') == 'false'"
+        f" && {COLOURED}.join() != {','.join(before)!r}",
+        "the hidden language",
+    )
+    _write(explorer, "", "#explore-prompt textarea")
+    explorer.until(f"{HERE}.hidden", "the place to go")
+
+
+def test_a_dot_tells_its_prompt_and_a_click_shows_its_picture_and_uses_it(explorer):
+    _explore(explorer)
+    text, (x, y) = _hovered(explorer)
+    assert text in TEXTS
+    for kind in ("mousePressed", "mouseReleased"):
+        explorer.mouse(kind, x, y)
+    explorer.until(f"{CARD} == {text!r}", "the card", PATIENCE)
+    explorer.until("document.querySelector('#explore-picture img')?.naturalWidth == 16", "its picture")
+    explorer.click("#explore-use")
+    explorer.until(f"{PROMPT} == {text!r} && document.querySelector('#prompt').offsetParent", "the first tab")
+    assert explorer.script(f"return {SEED}") == str(50 + TEXTS.index(text))
+
+
+def _hovered(page):
+    """Move the mouse over the map until a dot tells its text: that, and where."""
+    left, top, width, height = page.script(
+        f"{MAP}.scrollIntoView({{block: 'center'}}); const box = {MAP}.getBoundingClientRect();"
+        "return [box.left, box.top, box.width, box.height]"
+    )
+    for y in range(10, int(height), 14):
+        for x in range(10, int(width), 14):
+            page.mouse("mouseMoved", left + x, top + y)
+            if page.script(f"return {MAP}.classList.contains('over')"):
+                page.until(f"!{TIP}.hidden", "what the dot says")
+                return page.script(f"return {TIP}.querySelector('p').innerText"), (left + x, top + y)
+    raise AssertionError("no dot was found")
+
+
+def test_the_map_is_moved_zoomed_and_picked_from_by_keyboard_and_wheel(explorer):
+    _explore(explorer)
+    shot = f"return {MAP}.toDataURL()"
+    seen = {explorer.script(shot)}
+    for key in ("+", "\ue014", "-", "\ue013"):
+        explorer.keys("#map canvas", key)
+        explorer.until(lambda: explorer.script(shot) not in seen, f"what the key {key!r} does")
+        seen.add(explorer.script(shot))
+    x, y = explorer.script(f"const box = {MAP}.getBoundingClientRect(); return [box.left + 200, box.top + 200]")
+    explorer.mouse("mouseWheel", x, y, deltaX=0, deltaY=-300)
+    explorer.until(lambda: explorer.script(shot) not in seen, "what the wheel does")
+    explorer.keys("#map canvas", ENTER)
+    explorer.until(f"{CARD} != ''", "the prompt in the middle", PATIENCE)
+
+
+def test_a_map_is_kept_over_a_reload(explorer, styled):
+    _explore(explorer)
+    (kept,) = Path(styled.options[1]).glob("served/maps/*.npy")
+    was = kept.stat().st_mtime_ns
+    explorer.script("location.reload()")
+    explorer.until(f"{FOUND}.length >= {len(PROMPTS)}", "the first prompts", PATIENCE)
+    _explore(explorer)
+    assert [kept.stat().st_mtime_ns] == [one.stat().st_mtime_ns for one in kept.parent.iterdir()] == [was]
+    _check_console(explorer)
 
 
 def test_neighbours_are_blended_in_and_the_same_seed_without_them_is_one_click_away(page):
@@ -320,14 +444,15 @@ def test_neighbours_are_blended_in_and_the_same_seed_without_them_is_one_click_a
     _choose(page, "#neighbours", "blend in")
     _write(page, "fox")
     _draw(page)
-    assert page.script("return document.querySelectorAll('#used li').length") > 0
+    page.until("document.querySelectorAll('#used li').length", "the neighbours")
     page.click("#without")
     page.until("document.querySelectorAll('#with-without img').length == 2", "the two pictures", PATIENCE)
     page.until(READY, "the end")
+    page.until(lambda: len({tuple(box) for box in _laid("#with-without", page)}) == 1, "them to lie on each other")
 
 
 def test_a_pipeline_is_loaded_and_told_and_a_wrong_one_is_explained(page, demo):
-    _tab(page, 2)
+    _tab(page, "Models")
     page.until("document.querySelector('#contracts').innerText.includes('32-wide tokens')", "the contract", PATIENCE)
     _write(page, "/nothing/here/at/all", "#pipeline textarea, #pipeline input")
     page.click("#load")
@@ -337,7 +462,7 @@ def test_a_pipeline_is_loaded_and_told_and_a_wrong_one_is_explained(page, demo):
     page.click("#load")
     page.until("document.querySelector('#load-status').innerText.includes('Loaded')", "the pipeline", PATIENCE)
     assert "cpu" in page.script("return document.querySelector('#present').innerText")
-    _tab(page, 0)
+    _tab(page, "Draw & find")
     _draw(page)
 
 
@@ -419,7 +544,10 @@ def test_nothing_sticks_out_of_the_page(reference, window, screenshots, width, d
     _draw(window)
     window.until(f"{HEAD}.includes('by the same encoder')", "the neighbours", PATIENCE)
     window.screenshot(screenshots / f"studio-{width}-{'dark' if dark else 'light'}.png")
-    for number in range(window.script(f"return {TABS}.length")):
-        _tab(window, number)
+    for title in window.script(f"return [...{TABS}].map(tab => tab.textContent.trim())"):
+        _tab(window, title)
+        if title == "Explore":
+            window.until(f"{MAP}?.dataset.count && {HERE}.offsetParent", "the map", PATIENCE)
+            window.screenshot(screenshots / f"explore-{width}-{'dark' if dark else 'light'}.png")
         assert window.script("return document.documentElement.scrollWidth") <= width
     _check_console(window)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -48,10 +49,12 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what writes into a folder left that were killed half-way; none may be under way."""
+def remove_partials(folder: Path, older_than: float = 0.0) -> None:
+    """Remove what writes into a folder left that were killed half-way, so many seconds ago; none may be under way."""
     for partial in folder.glob(".textcond-*.partial"):
-        partial.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # one that another process removed, or finished
+            if time.time() - partial.stat().st_mtime >= older_than:
+                partial.unlink()
 
 
 def write_mark(path: Path, content: Any) -> None:

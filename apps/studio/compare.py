@@ -60,6 +60,7 @@ def compare_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
                     format="png",
                     interactive=False,
                     height=420,
+                    max_height=418,  # without the border, or the two pictures lie shifted against each other
                     buttons=["fullscreen"],
                     elem_id="ab",
                 )

@@ -85,15 +85,7 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
             return similar_rows(hits, f"Similar to “{row.text[:60]}”.")
         if how == APPEND:
             return {settings.prompt: appended(text, row.text)}
-        return {settings.prompt: row.text} | neighbour_settings(row.metadata)
-
-    def neighbour_settings(metadata: dict[str, Any]) -> dict:
-        values: dict[Any, Any] = {}
-        if isinstance(negative := metadata.get("negative_prompt"), str):
-            values[settings.negative] = negative
-        if isinstance(seed := metadata.get("seed"), int) and not isinstance(seed, bool):
-            values |= {settings.seed: seed % SEEDS, side.fresh: False}
-        return values
+        return side.use(row.text, row.metadata)
 
     def similar_rows(hits: list, line: str) -> dict:
         tiles, rows = shown(hits, studio.rows, "dense")

@@ -113,6 +113,15 @@ class Generate:
     made_head: gr.HTML
     history: gr.Gallery
 
+    def use(self, text: str, metadata: dict[str, Any]) -> dict[Any, Any]:
+        """The values that take over a row of the index: its prompt, and what it says of negative prompt and seed."""
+        values: dict[Any, Any] = {self.settings.prompt: text}
+        if isinstance(negative := metadata.get("negative_prompt"), str):
+            values[self.settings.negative] = negative
+        if isinstance(seed := metadata.get("seed"), int) and not isinstance(seed, bool):
+            values |= {self.settings.seed: seed % SEEDS, self.fresh: False}
+        return values
+
 
 def generate_side(studio: Studio) -> Generate:
     """Lay it out, in the column that is open."""
@@ -209,6 +218,7 @@ def generate_side(studio: Studio) -> Generate:
             format="png",
             interactive=False,
             height=380,
+            max_height=378,  # without the border, or the two pictures lie shifted against each other
             buttons=[],
             visible=False,
             elem_id="with-without",

@@ -13,7 +13,7 @@ SCRIPT = """() => {
       document.activeElement?.dispatchEvent(new Event('change', {bubbles: true}));
       setTimeout(() => press(['#generate', '#compare', '#load']), 50);
     } else if (event.key === 'Escape') {
-      press(['#stop', '#compare-stop', '#cancel']);
+      press(['#stop', '#compare-stop', '#explore-cancel', '#cancel']);
     }
   }, true);
   const holdsFile = (event) => [...(event.dataTransfer?.types ?? [])].includes('Files');

@@ -106,6 +106,13 @@ footer { display: none !important; }
 #find-options input { position: absolute; opacity: 0; pointer-events: none; }
 #find-options label:has(input:focus-visible) { outline: 2px solid var(--primary-500); }
 #compare-status, #load-status { color: var(--body-text-color-subdued); font-size: .88rem; min-height: 1.6rem; }
+#explore-bar { align-items: center; gap: .6rem; margin: -.4rem 0 -.5rem; }
+#explore-status { flex: 1; color: var(--body-text-color-subdued); font-size: .88rem; min-height: 1.6rem; }
+#explore-picture img { object-fit: contain; width: 100%; height: 100%; }
+#explore-card .text { font-size: 1.05rem; line-height: 1.45; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+#explore-card dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .9rem; margin: 0; font-size: .84rem; }
+#explore-card dt { color: var(--body-text-color-subdued); }
+#explore-card dd { margin: 0; overflow-wrap: anywhere; }
 .bar { height: 5px; border-radius: 3px; overflow: hidden; margin: .3rem 0; background: var(--neutral-200); }
 .dark .bar { background: var(--neutral-700); }
 .bar div { height: 100%; background: var(--primary-500); border-radius: 3px; transition: width .15s linear; }

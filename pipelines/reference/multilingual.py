@@ -32,18 +32,23 @@ from textcond.evaluation import RetrievalTask
 from textcond.features import ContrastiveBatch, Features
 from textcond.files import half, read_tensors, write_mark, write_tensors
 from textcond.folders import atomic_folder, read_json
+from textcond.index.image_text import IMAGE_FOLDER
 from textcond.losses import InfoNCE, VectorMSE, WeightedSum
 from textcond.pipelines.alignment import AlignmentOptions, align
 from textcond.pipelines.loop import fit, share, step_generator
 from textcond.training import Data, Mining, Recipe, Stage, train
 
 from . import load_reference
-from .data import COLOURS, STYLES, Concept, caption, is_held_out, is_held_out_concept, read_concepts
+from .build import build_index
+from .clip import ImageTower
+from .data import COLOURS, STYLES, Concept, ReferenceData, caption, is_held_out, is_held_out_concept, read_concepts
+from .image_tower import fit_image_tower
 from .phrases import ALIGNED, UNSEEN, build_phrases, digest, foreign_caption, key, read_phrases
 
 STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune", "align", "ship")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the order of XLM-R
 TEACHER_BLOCK = 4096
+INDEXED = ("en", *ALIGNED, *UNSEEN)  # languages of the shipped index
 
 
 # -- teacher ---------------------------------------------------------------------------------------------------------
@@ -536,6 +541,7 @@ def build_multilingual(
     teacher: str | Path = "intfloat/multilingual-e5-small",
     packages: str | Path | None = None,
     data: str | Path | None = None,
+    clip: str | Path | None = None,
     pipeline: DiffusionPipeline | None = None,
     recipe: MultilingualRecipe | None = None,
 ) -> Path:
@@ -547,7 +553,9 @@ def build_multilingual(
         phrases: the folder of `build_phrases`; stage "phrases" makes it.
         teacher: a BERT-like text encoder.
         packages: for stage "phrases", see `build_phrases`.
-        data: for stages "phrases" and "align", the reference data.
+        data: for stages "phrases", "align" and "ship", the reference data.
+        clip: for stage "ship", what the reference recipe's stage of that name left; None ships neither an image tower
+            nor an index.
         pipeline: for stage "align", what the encoder is to condition; None for the reference model.
         recipe: the options.
 
@@ -598,6 +606,8 @@ def build_multilingual(
     if "ship" in stages and accelerator.is_main_process:
         _need(out / "aligned" / "alignment.json", "align")
         ship(out / "aligned", out / "encoder")
+        if clip is not None and data is not None:
+            complete(out / "encoder", ReferenceData.load(data), Path(clip), recipe.align.concepts)
     return out
 
 
@@ -610,6 +620,16 @@ def ship(aligned: Path, out: Path) -> Path:
             elif file.is_file() and file.name != "alignment.json":
                 shutil.copy(file, folder / file.name)
     return out
+
+
+def complete(folder: Path, data: ReferenceData, clip: Path, concepts: int) -> None:
+    """Put beside a shipped encoder the image tower that fits it, and an index of the captions in `INDEXED`."""
+    encoder = TextEncoder.from_pretrained(folder)
+    tower = fit_image_tower(encoder, ImageTower.from_pretrained(clip / "image_encoder"), data)
+    tower.save_pretrained(folder / IMAGE_FOLDER)
+    for weights in (folder / IMAGE_FOLDER).glob("*.safetensors"):
+        write_tensors(weights, half(read_tensors(weights)))
+    build_index(data, encoder, folder / "index", concepts, INDEXED)
 
 
 def _need(path: Path, stage: str) -> None:

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_alignment.py --encoder ENCODER --prompts prompts.tsv --out runs/alignment --minutes 5
 
-Each row trains the same bridge from the same seed; how many steps its minutes buy is measured first. The cases are the
-held-out ones that ship. Interrupted, the same command goes on.
+Each row trains the same bridge and backbone from the same seed; how many steps its minutes buy is measured first. The
+cases are the held-out ones that ship. Interrupted, the same command goes on.
 """
 
 import argparse
@@ -39,16 +39,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=5.0, help="CPU minutes a row")
-    parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--rows", nargs="*", default=list(ROWS))
     parser.add_argument("--kind", choices=KINDS, action="append")
     parser.add_argument("--limit", type=int, help="cases of each language")
+    parser.add_argument("--languages", nargs="*", help="of the cases; all if left out")
     arguments = parser.parse_args()
     pipe = load_reference()
     prompts = arguments.prompts.read_text(encoding="utf-8").splitlines()
     shared = {
-        "lora_rank": arguments.lora_rank,
+        "train_backbone": True,
+        "retrieval_weight": 0.0,
         "learning_rate": arguments.learning_rate,
         "layers": "average",
         "mixed_precision": "bf16",
@@ -64,10 +65,11 @@ def main() -> None:
                 f"{row}: {steps.token_steps} + {steps.denoiser_steps} steps, {time.process_time() - started:.0f} CPU s"
             )
     for kind in arguments.kind or KINDS:
+        cases = read_cases(CASES / f"{kind}.jsonl", arguments.limit)
         report = evaluate_conditioning(
             pipe,
             {row: arguments.out / row.replace(" ", "-") for row in arguments.rows},
-            read_cases(CASES / f"{kind}.jsonl", arguments.limit),
+            [case for case in cases if not arguments.languages or case.language in arguments.languages],
             judge=EmojiJudge(),
             backbone=arguments.encoder,
             cache=arguments.out / "cache",

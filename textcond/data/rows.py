@@ -11,7 +11,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -269,8 +272,28 @@ def _parquet_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[st
         yield from enumerate((row for batch in table.iter_batches(1024) for row in batch.to_pylist()), 1)
 
 
+def count_datasets_rows(path: Path, split: str | None) -> int:
+    """Return how many rows a split of a `datasets.save_to_disk` folder has, from the heads of its Arrow streams.
+
+    Raises:
+        ValueError: for a split that is not there.
+        FileNotFoundError: if a file of it is missing.
+    """
+    return sum(len(batch) for batch in _datasets_batches(path, split))
+
+
 def _datasets_rows(path: Path, split: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read a `datasets.save_to_disk` folder: Arrow streams, in the order that its state.json lists."""
+    rows = (
+        row
+        for batch in _datasets_batches(path, split)
+        for start in range(0, len(batch), 1024)
+        for row in batch.slice(start, 1024).to_pylist()
+    )
+    yield from enumerate(rows, 1)
+
+
+def _datasets_batches(path: Path, split: str | None) -> Iterator[RecordBatch]:
+    """Open a `datasets.save_to_disk` folder: Arrow streams, in the order that its state.json lists."""
     import pyarrow.ipc
 
     from textcond.folders import read_json
@@ -281,15 +304,8 @@ def _datasets_rows(path: Path, split: str | None) -> Iterator[tuple[int, dict[st
         if chosen not in splits:
             raise ValueError(f"{path} has no split {chosen!r}, it has {', '.join(splits)}: pass split=")
         path = path / chosen
-    files = [path / file["filename"] for file in read_json(path / "state.json")["_data_files"]]
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{path} lacks {file.name}, which its state.json lists: save it again")
-            with pyarrow.memory_map(str(file)) as source:
-                for batch in pyarrow.ipc.open_stream(source):
-                    for start in range(0, len(batch), 1024):
-                        yield from batch.slice(start, 1024).to_pylist()
-
-    yield from enumerate(rows(), 1)
+    for file in [path / file["filename"] for file in read_json(path / "state.json")["_data_files"]]:
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} lacks {file.name}, which its state.json lists: save it again")
+        with pyarrow.memory_map(str(file)) as source:
+            yield from pyarrow.ipc.open_stream(source)

@@ -19,7 +19,7 @@ import numpy as np
 
 from textcond.data.rows import Problems
 from textcond.duplicates import normalised
-from textcond.files import write_mark
+from textcond.files import remove_partials, write_mark
 
 from .sources import THUMBNAIL, Source, SourceRow, count_rows, find_sources, read_source
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .prompt_index import PromptIndex
 
 BATCH = 1024
+FORGOTTEN = 3600.0  # seconds after which an unfinished mark is nobody's; others may feed the same index
 REASONS = 50  # kinds of reasons that are counted apart
 
 
@@ -119,7 +120,11 @@ def feed(
     with _Encoding(index.encoder) as encoding:
         found = find_sources(paths)
         done = _Mark(None if mark is None else Path(mark), distinct)
-        counts = [count_rows(source, split=split) for source in found] if show_progress_bar else [None]
+        counts = (
+            [count_rows(source, text_column=text_column, split=split) for source in found]
+            if show_progress_bar
+            else [None]
+        )
         before = sum(done.after(source) for source in found)
         bar = tqdm(
             total=None if None in counts else sum(counts),
@@ -232,6 +237,7 @@ class _Mark:
             content = read_json(path)
             self._tables = content.get(self._key, {}) if isinstance(content, dict) else {}
         if path is not None:
+            remove_partials(path.parent, FORGOTTEN)
             write_mark(path, {self._key: self._tables})
 
     @staticmethod
@@ -240,7 +246,7 @@ class _Mark:
         return [stat.st_size, stat.st_mtime_ns]
 
     def after(self, source: Source) -> int:
-        """Return the last row of a source that needs no reading."""
+        """Return how many rows of a source need no reading."""
         if str(source.path) not in self._tables:
             return 0
         *state, row = self._tables[str(source.path)]
@@ -249,7 +255,7 @@ class _Mark:
     def write(self, batch: Sequence[SourceRow]) -> None:
         """Note the rows of a batch, which the index has now."""
         tables = {
-            str(row.source.path): [*self._state(row.source.path), row.number]
+            str(row.source.path): [*self._state(row.source.path), row.place]
             for row in batch
             if row.source.kind != "picture"
         }
@@ -272,13 +278,13 @@ class _Encoding:
 
     def _shared(self, encoder: TextEncoder | None) -> TextEncoder:
         """Return the first process's encoder; the others load the same."""
-        from textcond.encoder import TextEncoder
+        from .image_text import load_encoder
 
         if self._state.is_main_process and encoder.name_or_path is None:
             raise ValueError("the encoder was made in memory, where other processes cannot load it: save it first")
         told = [encoder.name_or_path, encoder.dtype] if self._state.is_main_process else None
         name, dtype = self._share(told)
-        return encoder or TextEncoder.from_pretrained(name, device=self._state.device, dtype=dtype)
+        return encoder or load_encoder(name, device=self._state.device, dtype=dtype)
 
     def __enter__(self) -> _Encoding:
         return self

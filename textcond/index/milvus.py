@@ -13,17 +13,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import numpy as np
 
+from textcond.bm25 import BM25Index
+
 from .filters import Condition, Filter, Scalar, conditions
 from .lexical import document_terms
 from .store import Row
-
-if TYPE_CHECKING:
-    from textcond.negatives.lexical import BM25Index
 
 TOKEN = "MILVUS_TOKEN"
 LITE_COLLECTION = "prompts"
@@ -49,7 +48,7 @@ class MilvusStore:
 
     - **Words.** A server of Milvus 2.5 or newer searches by its own BM25 over texts that are split here. Before that
       there is no BM25 in Milvus, and that of Milvus Lite counts words by segment, so that scores change with every
-      compaction: there BM25 is kept in this process's memory (`textcond.negatives.lexical`), and made anew by the
+      compaction: there BM25 is kept in this process's memory (`textcond.bm25`), and made anew by the
       first search after rows changed. What another process replaces without changing the number of rows is found by
       its new words after the next change.
     - **Consistency.** A store sees its own writes at once, those of other processes within Milvus's time tick (about
@@ -449,8 +448,6 @@ class MilvusStore:
 
     def _words_of_rows(self) -> tuple[list[str], BM25Index | None]:
         """Return the ids of the rows and BM25 over their texts (None without a word), as new as the rows are."""
-        from textcond.negatives.lexical import BM25Index
-
         with self._lexical_lock:
             state = (self._writes, self._count("", "Session"))
             if self._lexical is None or self._lexical[0] != state:

@@ -10,30 +10,25 @@
 | NovelAI | PNG text `Comment` beside `Software` | JSON |
 | scripts | PNG texts `prompt`, `negative_prompt`, `seed` ... | plain |
 
-Everything that a picture says is untrusted: sizes are checked before anything is decoded or parsed, and what is wrong
-is a ValueError.
+Everything that a picture says is untrusted: lengths are checked before anything is parsed, and what is wrong is a
+ValueError.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_BYTES = 256 << 20
-MAX_PIXELS = 100_000_000  # 400 MB once decoded
-MAX_JSON = 16 << 20  # characters; the largest workflows are a hundredth of it
+from .pictures import MAX_METADATA
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of files that generators write
 MAX_SETTINGS = 20_000  # characters of the last line of a `parameters` text
 MAX_NODES = 10_000
 
@@ -57,56 +52,12 @@ _NEGATIVE = "Negative prompt:"
 _USER_COMMENT, _EXIF, _COMFY_TAGS = 0x9286, 0x8769, (0x0110, 0x010F, 0x010E)
 
 
-@contextmanager
-def open_picture(source: str | Path | bytes) -> Iterator[Image.Image]:
-    """Open a PNG, JPEG or WebP file, or its bytes, for reading; its pixels are not decoded yet.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not such a picture, one cut short or damaged (in the block too), or one that is too large.
-    """
-    name = "the picture" if isinstance(source, bytes) else str(source)
-    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"{name} is a file of {size >> 20:,} MiB: pictures of up to {MAX_BYTES >> 20} MiB are read")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is its own
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} has too many pixels: up to {MAX_PIXELS:,} are decoded") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(f"{name} is not a readable PNG, JPEG or WebP picture") from error
-    with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{name} has {image.width:,} x {image.height:,} pixels: up to {MAX_PIXELS:,} are decoded")
-        try:
-            yield image
-        except (OSError, SyntaxError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise ValueError(f"{name} is not a readable picture ({error}): it is damaged or cut short") from error
-
-
-def thumbnail(image: Image.Image, size: int = 256) -> bytes:
-    """Return a picture as WebP bytes, upright, at most `size` pixels wide and high, without its metadata."""
-    if image.mode not in ("RGB", "RGBA", "L", "LA"):  # palettes and the like do not resize
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    image.thumbnail((size, size))
-    small = ImageOps.exif_transpose(image)
-    small = small.convert("RGBA" if small.has_transparency_data else "RGB")
-    buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=80)
-    return buffer.getvalue()
-
-
 def picture_texts(image: Image.Image) -> dict[str, str]:
     """Return the texts of an opened picture by name; an EXIF UserComment is named `parameters`, as web UIs mean it.
 
     Raises:
-        ValueError, OSError: damaged metadata.
+        ValueError: damaged metadata, or a text of more than `MAX_METADATA` characters.
+        OSError: a picture that is cut short.
     """
     texts = {name: str(value) for name, value in image.info.items() if isinstance(value, str)}
     if isinstance(image, PngImagePlugin.PngImageFile) and not made_with_names(texts):
@@ -127,6 +78,9 @@ def picture_texts(image: Image.Image) -> dict[str, str]:
             name, _, graph = text.partition(":") if isinstance(text, str) else ("", "", "")
             if name in ("prompt", "workflow"):
                 texts.setdefault(name, graph)
+    for name, text in texts.items():
+        if len(text) > MAX_METADATA:
+            raise ValueError(f"its `{name:.80}` text has {len(text):,} characters: up to {MAX_METADATA:,} are read")
     return texts
 
 
@@ -202,11 +156,8 @@ def _unquoted(value: str) -> str:
 
 
 def _json(texts: Mapping[str, str], name: str) -> Any:
-    text = texts[name]
-    if len(text) > MAX_JSON:
-        raise ValueError(f"its `{name}` text has {len(text):,} characters: up to {MAX_JSON:,} are read")
     try:
-        return json.loads(text)
+        return json.loads(texts[name])
     except RecursionError:
         raise ValueError(f"its `{name}` text is nested too deeply") from None
     except ValueError as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 from textcond.folders import atomic_folder
 
@@ -324,9 +325,11 @@ class PromptIndex:
         if not target.info():
             PromptIndex.create(path, encoder)
         index = PromptIndex.open(path, encoder)
-        for rows in self.store.scan(None, batch=BATCH, vectors=False, images=True):
-            done = {row.id for row in index.store.get([row.id for row in rows], vectors=False, images=False)}
-            index._write(rows, done, None, show_progress_bar)
+        with tqdm(total=len(self), desc="encoding", unit=" rows", disable=not show_progress_bar) as progress:
+            for rows in self.store.scan(None, batch=BATCH, vectors=False, images=True):
+                done = {row.id for row in index.store.get([row.id for row in rows], vectors=False, images=False)}
+                index._write(rows, done, None, False)
+                progress.update(len(rows))
         index.optimize()
         return index
 

@@ -23,9 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textcond.data.rows import Problems, container, is_datasets_folder, open_bytes, read_lines, read_rows
+from textcond.data.rows import (
+    Problems,
+    container,
+    count_datasets_rows,
+    is_datasets_folder,
+    open_bytes,
+    read_lines,
+    read_rows,
+)
 
-from .picture_prompts import FIELDS, SUFFIXES, fields, made_with, open_picture, picture_texts, thumbnail
+from .picture_prompts import FIELDS, SUFFIXES, fields, made_with, picture_texts
+from .pictures import open_picture, thumbnail
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,13 +60,19 @@ class Source:
 
 @dataclass
 class SourceRow:
-    """A text with its metadata, where it stands, and its thumbnail, which is made when it is called for."""
+    """A text with its metadata, where it stands, and its thumbnail, which is made when it is called for.
+
+    Attributes:
+        number: the row's line where there are lines, for messages; rows may share one.
+        place: how many rows of the source come up to this one, itself among them.
+    """
 
     text: str
     metadata: dict[str, Any]
     source: Source
     number: int
     image: Callable[[], bytes] | None = None
+    place: int = 1
 
 
 def find_sources(paths: Iterable[str | Path]) -> list[Source]:
@@ -102,7 +117,7 @@ def read_source(
         split: of a datasets folder.
         thumbnails: pixels of the longer side; 0 leaves pictures out.
         pictures_alone: pictures that carry no prompt are rows with an empty text; without it, they are bad rows.
-        after: rows up to this number were read before and are left out.
+        after: so many rows were read before and are left out.
 
     Raises:
         FileNotFoundError: the file is gone.
@@ -126,19 +141,30 @@ def read_source(
         column = _text_column(source.path, first[1], text_column)
         rows = _chain(first, rows)
         make = lambda number, row: _table_row(source, number, row, column, thumbnails)  # noqa: E731
-    for number, row in rows:
-        if number > after:
+    for place, (number, row) in enumerate(rows, 1):
+        if place > after:
             made = problems.attempt(source.path, number, make, number, row)
             if made is not None:
+                made.place = place
                 yield made
 
 
-def count_rows(source: Source, *, split: str | None = None) -> int | None:
+def count_rows(source: Source, *, text_column: str | None = None, split: str | None = None) -> int | None:
     """Return about how many rows a source has, for a progress bar; None where only reading would tell."""
     if source.kind == "picture":
         return 1
-    if source.kind == "part" or container(source.path) == "json":
-        return None
+    if source.kind == "part":
+        return _count(source.path, b'"p":') or None
+    if is_datasets_folder(source.path):
+        return count_datasets_rows(source.path, split)
+    if container(source.path) == "json":
+        try:
+            _, row = next(iter(read_rows(source.path, Problems("skip"))))
+            column = _text_column(source.path, row, text_column)
+        except (ValueError, StopIteration):
+            return None  # reading says what is wrong
+        # within a text the quotes would be escaped
+        return _count(source.path, f"{json.dumps(column, ensure_ascii=False)}:".encode()) or None
     if container(source.path) == "parquet":
         import pyarrow
         import pyarrow.parquet
@@ -147,10 +173,18 @@ def count_rows(source: Source, *, split: str | None = None) -> int | None:
             return pyarrow.parquet.read_metadata(source.path).num_rows
         except pyarrow.ArrowInvalid:
             return None  # reading says what is wrong
-    if source.path.is_dir():
-        return None
-    with open_bytes(source.path) as file:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+    return _count(source.path, b"\n")
+
+
+def _count(path: Path, wanted: bytes) -> int:
+    """Return how often some bytes are in a file."""
+    found, end = 0, b""
+    with open_bytes(path) as file:
+        while chunk := file.read(1 << 20):
+            chunk = end + chunk
+            found += chunk.count(wanted)
+            end = chunk[len(chunk) - len(wanted) + 1 :]
+    return found
 
 
 def checked(text: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .pictures import read_picture
+from .pictures import open_picture, read_picture
 
 PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
@@ -36,8 +36,8 @@ def stored_picture(content: bytes, name: str) -> Image.Image:
         ValueError: if the store gives something else than was put into it; names the row.
     """
     try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
+        with open_picture(content) as image:
+            image.load()
     except Exception as error:  # every decoder has errors of its own
         raise ValueError(f"the picture of row {name} is damaged ({error}): add the row again") from error
     return image

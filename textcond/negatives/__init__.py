@@ -3,7 +3,6 @@
 from .corpus import Corpus
 from .embeddings import cached_embeddings
 from .known import KnownPositives
-from .lexical import BM25Index
 from .mining import mine
 from .mining_file import mine_file
 from .options import MiningOptions, MiningReport
@@ -13,7 +12,6 @@ from .teachers import CrossEncoderTeacher, EncoderTeacher
 
 __all__ = [
     "BM25",
-    "BM25Index",
     "Corpus",
     "CrossEncoderTeacher",
     "Dense",

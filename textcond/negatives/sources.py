@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from textcond.bm25 import BM25Index
 from textcond.data.run import Run
 from textcond.encoder import TextEncoder
 
 from .corpus import Corpus
 from .embeddings import cached_embeddings
-from .lexical import BM25Index
 from .search import ExactSearch
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Random(Source):
 
 
 class BM25(ScoringSource):
-    """The rows of largest BM25 score, in any script (`textcond.negatives.lexical.BM25Index`)."""
+    """The rows of largest BM25 score, in any script (`textcond.bm25.BM25Index`)."""
 
     def prepare(self, corpus: Corpus, *, show_progress_bar: bool = False) -> None:
         """Tokenize and index the corpus."""

@@ -1,6 +1,9 @@
+import subprocess
+import sys
+
 import pytest
 
-from textcond.negatives import BM25Index
+from textcond.bm25 import BM25Index
 from textcond.words import words
 
 PASSAGES = [
@@ -79,3 +82,8 @@ def test_equal_scores_come_in_the_order_of_rows_and_unknown_words_find_nothing()
     assert index.search("", 2)[0].tolist() == []
     with pytest.raises(ValueError, match="no word"):
         BM25Index(["", "…"])
+
+
+def test_it_needs_no_torch():
+    code = "import sys, textcond.index.milvus, textcond.bm25; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
