@@ -17,7 +17,7 @@ import typer
 from . import alignment, conditioning, index, reference, training
 from .errors import debugging, one_line
 from .files import check_output
-from .metadata import MAX_SEED, REFERENCE, Parameters, read_parameters, write_png
+from .metadata import MAX_SEED, MULTILINGUAL, REFERENCE, Parameters, read_parameters, usual_encoder, write_png
 from .quiet import quiet_libraries
 from .server.command import serve
 from .vectors import SUFFIXES, chunks, read_lines, vector_writer
@@ -48,8 +48,8 @@ ENCODE_CHUNK = 1024
 
 _PIPELINE_HELP = "Diffusers folder or hub id; the reference model if left out."
 _ENCODER_HELP = (
-    "Encoder to swap in: a folder, a hub id, or multilingual, which reads ten languages for the reference model; "
-    "the pipeline's own if left out."
+    "Encoder to swap in: a folder, a hub id, or native for the pipeline's own, which is taken if left out; "
+    "for the reference model it is multilingual, which reads ten languages."
 )
 _INDEX_HELP = "Prompt index to look in; that of the reference model if left out."
 
@@ -127,9 +127,14 @@ def generate(
         "scheduler": scheduler,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    first = (
-        replace(read_parameters(like), **given) if like else Parameters(**{"seed": secrets.randbelow(2**32), **given})
-    )
+    if like:
+        first = read_parameters(like)
+        if pipeline and first.encoder == usual_encoder(first.pipeline):
+            given.setdefault("encoder", usual_encoder(pipeline))
+        first = replace(first, **given)
+    else:
+        usual = {"seed": secrets.randbelow(2**32), "encoder": usual_encoder(pipeline or REFERENCE)}
+        first = Parameters(**usual | given)
     jobs = [replace(first, seed=first.seed + number) for number in range(count)]
     names = [output] if count == 1 else [output.with_stem(f"{output.stem}-{number}") for number in range(count)]
     paths = [check_output(name) for name in names]
@@ -181,10 +186,8 @@ def encode(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; - reads lines from standard input.")] = None,
     model: Annotated[
         str,
-        typer.Option(
-            "--model", "-m", metavar="FOLDER|ID", help="Text encoder; that of the reference model if left out."
-        ),
-    ] = REFERENCE,
+        typer.Option("--model", "-m", metavar="FOLDER|ID", help="Text encoder; native is the reference model's own."),
+    ] = MULTILINGUAL,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", metavar="FILE", help="UTF-8 file, one text a line.")
     ] = None,

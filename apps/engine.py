@@ -17,14 +17,14 @@ from textcond.index.prompt_index import LONGEST_QUERY
 from .finder import Finder, open_index
 from .generation import draw, prompt_length
 from .loading import find_encoder, load_pipeline
-from .metadata import NATIVE, REFERENCE, Parameters
+from .metadata import NATIVE, REFERENCE, Parameters, usual_encoder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
     from transformers import PreTrainedModel
 
-    from textcond import Hit, PromptIndex
+    from textcond import Hit, PromptIndex, TextEncoder
     from textcond.pipelines import Contract
 
 KEPT_ENCODERS = 4
@@ -86,8 +86,10 @@ class Engine:
         return self._pipe is not None
 
     def warm_up(self) -> None:
-        """Load the pipeline, so that the first picture need not wait for it."""
+        """Load the pipeline and its usual encoder, so that the first picture need not wait for them."""
         self._pipeline()
+        if (encoder := usual_encoder(self.name)) != NATIVE:
+            self._loaded(encoder)
 
     def load(
         self,
@@ -205,17 +207,18 @@ class Engine:
         """Whether `finder` answers at once."""
         return encoder in self._finders
 
-    def finder(self, encoder: str = NATIVE) -> Finder:
-        """What finds prompts with the weights that condition the pictures when `encoder` is chosen.
+    def finder(self, encoder: str | None = None) -> Finder:
+        """What finds prompts with the weights that condition the pictures when `encoder`, or the usual one, is chosen.
 
         The index on disk serves the encoder that made it. For any other one its texts are encoded again, once.
 
         Raises:
             ValueError, OSError: the encoder does not exist or does not fit the pipeline, or there is no index.
         """
+        encoder = encoder or usual_encoder(self.name)
         finders = self._finders  # `load` puts a new one there
         if encoder not in finders:
-            if encoder == NATIVE and self.name == REFERENCE and self.index_path is None:
+            if self.name == REFERENCE and encoder == usual_encoder(REFERENCE) and self.index_path is None:
                 finders[encoder] = self._stored()
             else:
                 finders[encoder] = self._shared(encoder)
@@ -235,7 +238,7 @@ class Engine:
         from textcond.pipelines import retrieval_encoder
 
         with self._conditioned(encoder) as pipe:
-            face = retrieval_encoder(pipe)
+            face = _seeing(retrieval_encoder(pipe), pipe.text_encoder.name_or_path)
         weights = face.weights_hash()
         known = [self._stored(), *self._finders.values()]
         same = next((finder for finder in known if finder.weights_hash == weights), None)
@@ -274,3 +277,11 @@ class Engine:
 
 def _offloaded(pipe: DiffusionPipeline) -> bool:
     return bool(getattr(pipe, "_all_hooks", None))
+
+
+def _seeing(encoder: TextEncoder, folder: str) -> TextEncoder:
+    """The encoder with the image tower that lies beside its weights, if one does."""
+    from textcond.index.image_text import ImageTextEncoder, load_image_tower
+
+    tower = load_image_tower(Path(folder)) if (Path(folder) / "config.json").is_file() else None
+    return encoder if tower is None else ImageTextEncoder.from_towers(encoder, tower.to(encoder.device, encoder.dtype))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .metadata import REFERENCE
+from .metadata import MULTILINGUAL
 from .quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ SourcesArgument = Annotated[
     ),
 ]
 EncoderOption = Annotated[
-    str, typer.Option("--encoder", "-e", metavar="FOLDER|ID", help="Text encoder; the reference model's if left out.")
+    str, typer.Option("--encoder", "-e", metavar="FOLDER|ID", help="Text encoder; native is the reference model's own.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...; a GPU if there is one.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
@@ -90,7 +90,7 @@ def takes_feeding(command: Callable[..., None]) -> Callable[..., None]:
 def build(
     path: IndexArgument,
     sources: SourcesArgument,
-    encoder: EncoderOption = REFERENCE,
+    encoder: EncoderOption = MULTILINGUAL,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     *,
@@ -126,7 +126,7 @@ def add(path: IndexArgument, sources: SourcesArgument, device: DeviceOption = No
 def rebuild(
     path: IndexArgument,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The new index; INDEX stays as it is.")],
-    encoder: EncoderOption = REFERENCE,
+    encoder: EncoderOption = MULTILINGUAL,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -164,7 +164,7 @@ def demo(
         Path | None,
         typer.Option(metavar="FOLDER", help="Holds the wheel of clip-interrogator; without it, it is to be installed."),
     ] = None,
-    encoder: EncoderOption = REFERENCE,
+    encoder: EncoderOption = MULTILINGUAL,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:

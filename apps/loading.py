@@ -170,16 +170,21 @@ def find_encoder(name: str | Path) -> str:
     return str(name)
 
 
-def load_text_encoder(name: str = REFERENCE, *, device: str | None = None, dtype: str | None = None) -> TextEncoder:
-    """A text encoder by folder or hub id, with its image tower if there is one; "reference" is the reference's."""
+def load_text_encoder(name: str = MULTILINGUAL, *, device: str | None = None, dtype: str | None = None) -> TextEncoder:
+    """A text encoder, with its image tower if it has one.
+
+    Args:
+        name: a folder, a hub id, or one that ships: "multilingual", or "native" for the reference model's own.
+        device, dtype: as for `load_pipeline`.
+    """
     from textcond.index.image_text import load_encoder
 
     place = torch_device(device)
     folder: str | Path = name
-    if name == REFERENCE:
+    if name in (NATIVE, MULTILINGUAL):
         from textcond.pipelines import reference
 
-        folder = reference.REFERENCE / "text_encoder"
+        folder = reference.MULTILINGUAL if name == MULTILINGUAL else reference.REFERENCE / "text_encoder"
     return load_encoder(folder, device=place, dtype=torch_dtype(dtype, place))
 
 

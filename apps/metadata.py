@@ -34,6 +34,11 @@ _TEXT_NAMES = {
 }
 
 
+def usual_encoder(pipeline: str) -> str:
+    """What conditions a pipeline when nothing is chosen: its own, or for the reference model the shipped one."""
+    return MULTILINGUAL if pipeline == REFERENCE else NATIVE
+
+
 @dataclass(frozen=True)
 class Parameters:
     """All that decides a picture. What is None is the pipeline's choice, and is filled in once the picture is made.

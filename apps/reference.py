@@ -42,12 +42,15 @@ def multilingual(
     packages: Annotated[
         Path, typer.Option(help="A node_modules folder with the text packages; see `pipelines/reference/phrases.py`.")
     ],
-    reference: Annotated[
-        Path, typer.Option(help="Working folder of `reference build`: its data, and its CLIP for pictures as queries.")
-    ] = Path("runs/emoji"),
+    reference: Annotated[Path, typer.Option(help="Working folder of `reference build`, for its data.")] = Path(
+        "runs/emoji"
+    ),
     teacher: Annotated[str, typer.Option(metavar="FOLDER|ID", help="The encoder that is distilled.")] = (
         "intfloat/multilingual-e5-small"
     ),
+    start: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Go on from an encoder that an earlier run made.")
+    ] = None,
     stage: Annotated[
         list[str] | None, typer.Option(help="Run this stage alone (repeatable): phrases, vocabulary, teacher ...")
     ] = None,
@@ -57,7 +60,7 @@ def multilingual(
 
     build_multilingual(
         out, stage or STAGES, phrases=out / "phrases", teacher=teacher, packages=packages,
-        data=reference / "data", clip=reference / "clip",
+        data=reference / "data", start=start,
     )  # fmt: skip
     print(out / "encoder")
 

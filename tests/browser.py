@@ -18,6 +18,7 @@ DRIVER = shutil.which("chromedriver")
 FLAGS = [
     "--headless",
     "--no-sandbox",
+    "--disable-dev-shm-usage",
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -73,8 +74,12 @@ class Browser:
         self.cdp("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, path: Path) -> None:
-        """The whole page, however long."""
-        shot = self.cdp("Page.captureScreenshot", captureBeyondViewport=True)
+        """The whole page, however long, once all is loaded and nothing moves; PNG or WebP, as `path` ends."""
+        self.script("document.activeElement.blur(); for (const image of document.images) image.loading = 'eager'")
+        self.until("[...document.images].every(image => image.complete)", "the pictures")
+        self.until("document.getAnimations().every(one => one.playState != 'running')", "the page to rest")
+        kind = {".png": {"format": "png"}, ".webp": {"format": "webp", "quality": 88}}[path.suffix]
+        shot = self.cdp("Page.captureScreenshot", captureBeyondViewport=True, **kind)
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def keys(self, selector: str, text: str) -> None:

@@ -31,6 +31,10 @@ class Page:
         self.config = self._read("config")
         self.events = {event["api_name"]: event for event in self.config["dependencies"]}
 
+    def props(self, name):
+        """What the component with that elem_id is before anything happened."""
+        return next(one["props"] for one in self.config["components"] if one["props"].get("elem_id") == name)
+
     def _read(self, path, data=None):
         body = None if data is None else json.dumps(data).encode()
         request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})

@@ -98,6 +98,16 @@ def test_another_encoder_makes_another_picture_and_is_recorded(generate, demo):
     assert (_pixels("a.png") != _pixels("b.png")).any()
 
 
+def test_the_reference_model_reads_many_languages_unless_its_own_encoder_is_asked_for(run, demo):
+    few = ("--steps", 1, "--seed", 7)
+    assert run("generate", "赤リンゴ", "-o", "a.png", *few)[0] == 0
+    run("generate", "赤リンゴ", "-o", "b.png", *few, "--encoder", "native")
+    assert [read_parameters(name).encoder for name in ("a.png", "b.png")] == ["multilingual", "native"]
+    assert (_pixels("a.png") != _pixels("b.png")).any()
+    assert run("generate", "--like", "a.png", "-o", "c.png", "--pipeline", demo.pipeline)[0] == 0
+    assert read_parameters("c.png").encoder == "native"
+
+
 def test_a_random_seed_is_recorded_and_told(generate):
     _, _, err = generate("fox", "-o", "a.png")
     assert f"seed {read_parameters('a.png').seed}," in err

@@ -79,8 +79,9 @@ def test_a_text_encoder_is_loaded_from_either_kind_of_folder(demo):
     assert load_text_encoder(demo.encoder).dim == 32
 
 
-def test_the_reference_encoder_reads_pictures_too():
-    assert load_text_encoder().encode_image([Image.new("RGB", (5, 4))]).shape == (1, 256)
+@pytest.mark.parametrize(("name", "width"), [("native", 256), ("multilingual", 384)])
+def test_the_shipped_encoders_read_pictures_too(name, width):
+    assert load_text_encoder(name).encode_image([Image.new("RGB", (5, 4))]).shape == (1, width)
 
 
 def test_multilingual_is_the_shipped_encoder():

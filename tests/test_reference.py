@@ -68,19 +68,20 @@ def test_any_prompt_gives_a_picture(pipe, prompt):
     assert picture(pipe, prompt).shape == (128, 128, 3)
 
 
-def test_the_conditioning_weights_search_the_index(pipe):
-    index = open_reference_index(retrieval_encoder(pipe))
-    for query in ("octopus", "red apple", "sunflower"):
-        hits = index.search(query, k=5)
-        assert all(hit.metadata["concept"] == query for hit in hits)
+def test_the_conditioning_weights_search_the_index_in_any_language(pipe):
+    with swapped(pipe, MULTILINGUAL):
+        index = open_reference_index(retrieval_encoder(pipe))
+    for query, concept in {"octopus": "octopus", "赤リンゴ": "red apple", "Sonnenblume": "sunflower"}.items():
+        hits = index.search(query, k=5, mode="dense")
+        assert concept in {hit.metadata["concept"] for hit in hits}
         assert hits[0].image.size == (96, 96)
     assert {hit.metadata["style"] for hit in index.search("rose, blob style", k=1)} == {"blob"}
+    assert {row.metadata["language"] for row in index.rows({"concept": "octopus"})} >= {"en", "ja", "ar", "ko"}
 
 
 def test_the_index_refuses_another_encoder(pipe):
-    other = TextEncoder(pipe.text_encoder, pipe.tokenizer)
-    with pytest.raises(ValueError, match="another encoder"):
-        open_reference_index(other)
+    with pytest.raises(ValueError, match="the encoder gives 256"):
+        open_reference_index(retrieval_encoder(pipe))
 
 
 def test_sentence_transformers_reads_the_text_encoder_folder():

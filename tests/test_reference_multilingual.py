@@ -12,7 +12,7 @@ import tiny
 import torch
 from transformers import AutoTokenizer, ElectraModel
 
-from textcond import ConditioningEncoder, TextEncoder
+from textcond import ConditioningEncoder, PromptIndex, TextEncoder
 from textcond.evaluation import evaluate_retrieval
 from textcond.files import read_tensors
 from textcond.folders import read_json
@@ -21,6 +21,7 @@ from textcond.pipelines.alignment import AlignmentOptions
 from textcond.pipelines.reference import multilingual, phrases
 from textcond.pipelines.reference.data import (
     COLOURS,
+    HELD_OUT_STYLE,
     STYLES,
     Concept,
     is_held_out,
@@ -28,6 +29,7 @@ from textcond.pipelines.reference.data import (
     is_unseen_concept,
     read_concepts,
 )
+from textcond.pipelines.reference.image_tower import TowerRecipe
 from textcond.pipelines.reference.multilingual import (
     AlignRecipe,
     DistilBatches,
@@ -92,13 +94,16 @@ def packages(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Reference data without its pictures."""
+    """Reference data, of which the drawings are blots."""
     folder = tmp_path_factory.mktemp("data")
     concepts = [
         vars(Concept(name, chr(0x1F400 + i), "Animals", [f"{name}s", "zoo"], {key: v[i] for key, v in OTHERS.items()}))
         for i, name in enumerate(ANIMALS)
     ]
-    (folder / "concepts.json").write_text(json.dumps({"concepts": concepts, "icons": []}), encoding="utf-8")
+    icons = [(number, style) for number in range(len(concepts)) for style in (*list(STYLES)[:2], HELD_OUT_STYLE)]
+    (folder / "concepts.json").write_text(json.dumps({"concepts": concepts, "icons": icons}), encoding="utf-8")
+    pixels = np.random.default_rng(0).integers(256, size=(len(icons), 128, 128, 4), dtype=np.uint8)
+    np.save(folder / "pixels.npy", pixels)
     return folder
 
 
@@ -213,6 +218,7 @@ TINY = MultilingualRecipe(
             tokens=16,
         )
     ),
+    pictures=TowerRecipe(steps=2, batch=4),
 )
 
 
@@ -343,8 +349,22 @@ def test_the_recipe_runs_whole_and_what_is_finished_stays(built, teacher, data, 
     assert {tensor.dtype for tensor in read_tensors(out / "encoder" / "model.safetensors").values()} == {torch.float16}
     with swapped(pipe, shipped):
         assert len(pipe("猫", num_inference_steps=1, output_type="np").images) == 1
+    index = PromptIndex.open(out / "encoder" / "index")  # with the encoder beside it
+    assert {row.metadata["language"] for row in index.rows()} == {"en", *OTHERS}
+    (row,) = index.rows({"language": "ja", "concept": "cat"})
+    assert row.text == "猫"
+    assert len(index.search(row.image, k=3)) == 3
+    stages = [stage for stage in multilingual.STAGES if stage not in ("phrases", "vocabulary")]
+    on = build_multilingual(tmp_path / "on", stages, start=out / "encoder", **options)
+    further = ConditioningEncoder.from_pretrained(on / "encoder")
+    assert further.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
+    # what another run left is where this one began
+    begun, ended = (dict(encoder.bridge.named_parameters()) for encoder in (shipped, further))
+    assert all((begun[name] - ended[name]).float().abs().max() < 0.2 for name in begun)
     with pytest.raises(ValueError, match="no stage 'polish'"):
         build_multilingual(tmp_path / "out", ["polish"], **options)
+    with pytest.raises(ValueError, match="stage align reads the reference data"):
+        build_multilingual(tmp_path / "out", ["align"], **{**options, "data": None})
     with pytest.raises(ValueError, match="pass packages="):
         build_multilingual(tmp_path / "out", ["phrases"], **{**options, "phrases": tmp_path / "none"})
 

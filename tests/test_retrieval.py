@@ -332,7 +332,7 @@ def test_the_reference_model_draws_with_what_it_finds():
     pipe, index = load_reference(), open_reference_index()
     pipe.set_progress_bar_config(disable=True)
     found = retrieve(pipe, index, "fox", "blend", strength=0.5, k=3)
-    assert all("fox" in hit.text for hit in found.hits)
+    assert any("fox" in hit.text for hit in found.hits)
     assert all(hit.image.size[0] >= 32 for hit in found.hits)
     options = {"num_inference_steps": 1, "output_type": "pt"}
     blended, plain = (

@@ -605,7 +605,7 @@ def test_sigterm_finishes_what_is_in_flight_and_refuses_new(command, encoder, tm
 @pytest.mark.slow
 def test_without_options_the_reference_model_is_served_with_its_index(command):
     _, address = command()
-    assert [model.id for model in client(address, api_key="key").models.list()] == ["reference"]
+    assert [model.id for model in client(address, api_key="key").models.list()] == ["multilingual"]
     found = httpx.post(
         f"{address}/search", json={"text": "a red apple"}, headers={"Authorization": "Bearer key"}, timeout=60
     ).json()

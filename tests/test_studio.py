@@ -13,7 +13,7 @@ from studio_page import SETTINGS, Page
 from tiny_reference import PROMPTS
 
 from textcond.apps.engine import Engine
-from textcond.apps.metadata import NATIVE, Parameters, read_parameters
+from textcond.apps.metadata import MULTILINGUAL, NATIVE, Parameters, read_parameters
 from textcond.apps.studio import Studio, build, serve
 from textcond.apps.studio.find import thumbnail
 from textcond.apps.studio.links import link
@@ -291,9 +291,9 @@ def test_a_click_on_an_earlier_picture_brings_back_what_made_it(page):
 def test_a_link_fills_the_page_and_a_broken_one_is_told(page, demo):
     parameters = Parameters("a fox", seed=9, num_inference_steps=3, guidance_scale=2.0, encoder=demo.encoder)
     shown = _opened(page, "", link(parameters), "seven")
-    assert (shown["prompt"], shown["seed"], shown["encoder"]) == ("a fox", 9, demo.encoder)
+    assert (shown["prompt"], shown["seed"], _changed(shown["encoder"])["value"]) == ("a fox", 9, demo.encoder)
     foreign = link(Parameters("a fox", encoder="/etc"))
-    assert _opened(page, "", foreign, "seven")["encoder"] == NATIVE
+    assert _changed(_opened(page, "", foreign, "seven")["encoder"])["value"] == NATIVE
     broken = _opened(page, "", "seed=x", "seven")
     assert "seed=x" in broken["status"]
 
@@ -339,6 +339,29 @@ def test_the_api_searches_and_embeds(client):
 def test_the_api_keeps_the_limits(client, name, inputs, message):
     with pytest.raises(Exception, match=message):
         client.predict(**inputs, api_name=name)
+
+
+def test_the_usual_encoder_of_the_pipeline_is_chosen_at_first_and_when_another_one_is_loaded(demo, tmp_path):
+    engine = Engine(index=demo.index)
+    built, url = _launched(Studio(engine, tmp_path, trusted=True))
+    try:
+        page = Page(url)
+        assert page.props("encoder")["value"] == MULTILINGUAL
+        assert page.props("compare-encoders")["value"] == [NATIVE, MULTILINGUAL]
+        chosen = _opened(page, "", "seed=3", "one")["encoder"]
+        assert _changed(chosen)["value"] == MULTILINGUAL
+        chosen = _opened(page, "", link(Parameters("a fox", encoder=NATIVE)), "one")["encoder"]
+        assert _changed(chosen)["value"] == NATIVE
+        messages = page.fire("load_pipeline", demo.pipeline, "automatic", "automatic")
+        for chosen in (_shown(page, "load_pipeline", messages), _opened(page, "", "", "one")):
+            assert _changed(chosen["encoder"])["value"] == NATIVE
+            assert [value for _, value in _changed(chosen["encoder"])["choices"]] == [NATIVE]
+        foreign = _opened(page, "", link(Parameters("a fox", encoder=MULTILINGUAL)), "one")["encoder"]
+        assert _changed(foreign)["value"] == NATIVE
+        begun = _named(page, "begin", page.call("begin", "", "a fox", [NATIVE, MULTILINGUAL]))
+        assert _changed(begun["compare-encoders"])["value"] == [NATIVE]
+    finally:
+        built.close(verbose=False)
 
 
 def test_only_the_typed_endpoints_are_public(client):

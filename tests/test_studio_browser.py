@@ -1,6 +1,7 @@
 """The studio in a real headless Chromium, end to end.
 
-Screenshots go into the folder that TEXTCOND_SCREENSHOTS names, else into pytest's temporary folder (see --basetemp).
+Screenshots go into the folder that TEXTCOND_SCREENSHOTS names (the README shows those in apps/studio/screenshots), else
+into pytest's temporary folder (see --basetemp).
 """
 
 import base64
@@ -17,13 +18,14 @@ from PIL import Image
 from styled_index import TEXTS, styled_index
 from tiny_reference import PROMPTS
 
+from textcond.apps.finder import open_index
 from textcond.apps.metadata import Parameters, read_parameters, write_png
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not (browser.CHROMIUM and browser.DRIVER),
-        reason="needs chromium and chromedriver (apt install chromium-driver fonts-noto-cjk fonts-noto-core)",
+        reason="needs chromium and chromedriver (apt install chromium chromium-driver fonts-noto-core fonts-noto-cjk)",
     ),
 ]
 
@@ -129,6 +131,11 @@ def page(server, window):
 
 
 @pytest.fixture
+def visitor(reference, window):
+    yield from _visit(reference, window)
+
+
+@pytest.fixture
 def explorer(styled, window):
     yield from _visit(styled, window)
 
@@ -173,12 +180,13 @@ def _tab(page, title):
 
 
 def _choose(page, box, label):
-    page.script(
-        "[...document.querySelectorAll(`${arguments[0]} label`)].find(one => one.innerText.trim() == arguments[1])"
-        ".querySelector('input').click()",
-        box,
-        label,
+    """Click until it stays: what has just been unfolded takes its first value a moment later."""
+    click = (
+        "const input = [...document.querySelectorAll(`${arguments[0]} label`)]"
+        ".find(one => one.innerText.trim() == arguments[1]).querySelector('input');"
+        "const was = input.checked; if (!was) input.click(); return was"
     )
+    page.until(lambda: page.script(click, box, label), f"the choice {label!r}")
 
 
 def test_a_prompt_is_found_used_drawn_and_brought_back(page):
@@ -198,6 +206,41 @@ def test_a_prompt_is_found_used_drawn_and_brought_back(page):
     page.until(f"{PROMPT} == {third!r}", "the earlier prompt")
     assert f"seed {page.script(f'return {SEED}')} " in first
     assert not page.script("return document.querySelector('#random input').checked")
+
+
+ENCODER = "document.querySelector('#encoder input').value"
+
+
+def test_a_japanese_prompt_draws_and_finds_on_a_first_visit_and_the_picture_finds_what_is_on_it(visitor, tmp_path):
+    assert visitor.script(f"return {ENCODER}") == "multilingual"
+    _write(visitor, "黄色い猫")
+    visitor.until(
+        f"{HEAD}.includes('by the same encoder') && {FOUND}[0].endsWith('猫')", "the nearest prompts", PATIENCE
+    )
+    _draw(visitor)
+    made = _downloaded(visitor, tmp_path / "cat.png")
+    assert (made.prompt, made.encoder, made.pipeline) == ("黄色い猫", "multilingual", "reference")
+
+    _write(visitor, "赤いハート")
+    _number(visitor, "#seed", 7)
+    visitor.click("#reuse")
+    _draw(visitor)
+    _write(visitor, "a prompt that says nothing of it")
+    visitor.until(f"{HEAD}.includes('by the same encoder') && !{FOUND}.join().includes('ハート')", "others", PATIENCE)
+    visitor.click("#similar")
+    visitor.until(f"{HEAD}.includes('To the picture, by what is on it')", "what is like the picture", PATIENCE)
+    found = visitor.script(f"return {FOUND}")
+    concepts = {row.text: row.metadata["concept"] for row in open_index().rows()}
+    assert sum("heart" in concepts[caption.split(" · ", 1)[1]] for caption in found) >= 4, found
+
+
+def test_a_picture_that_says_native_is_drawn_by_the_native_encoder(visitor, tmp_path):
+    write_png(tmp_path / "apple.png", Image.new("RGB", (8, 8)), Parameters("red apple", seed=77, encoder="native"))
+    _drop(visitor, "apple.png", (tmp_path / "apple.png").read_bytes())
+    visitor.until(f"{PROMPT} == 'red apple' && {ENCODER} == 'native'", "the settings")
+    _draw(visitor)
+    assert _downloaded(visitor, tmp_path / "again.png").encoder == "native"
+    visitor.until(f"{HEAD}.includes('by the same encoder')", "the prompts read by that encoder", PATIENCE)
 
 
 def test_surprise_me_draws_one_of_the_prompts(page):
@@ -220,9 +263,14 @@ def test_the_keyboard_generates_and_stops(page):
 def test_the_downloaded_picture_carries_what_made_it(page, tmp_path):
     _write(page, "red fox")
     _draw(page)
+    assert _downloaded(page, tmp_path / "fox.png").prompt == "red fox"
+
+
+def _downloaded(page, path):
+    """Save the picture that is shown; what its metadata say."""
     with urllib.request.urlopen(page.until(SOURCE, "the picture")) as answer:
-        (tmp_path / "fox.png").write_bytes(answer.read())
-    assert read_parameters(tmp_path / "fox.png").prompt == "red fox"
+        path.write_bytes(answer.read())
+    return read_parameters(path)
 
 
 def test_a_reload_and_a_link_bring_everything_back(page, server):
@@ -310,6 +358,28 @@ def test_what_is_saved_is_found_and_a_click_brings_its_seed(page):
     assert page.script("return document.querySelector('#negative textarea').value") == "snow"
 
 
+STARS = "[...document.querySelectorAll('#made .star')].map(star => star.getAttribute('aria-pressed') == 'true')"
+SHOWN = "[...document.querySelectorAll('#made .gallery-item')].filter(item => item.offsetParent).length"
+
+
+def test_a_star_keeps_a_picture_and_only_favourites_may_be_shown(page):
+    _unfold(page, "#more", "#pictures input")
+    _number(page, "#pictures", 3)
+    _draw(page)
+    page.until(f"{STARS}.join() == 'false,false,false'", "the stars", PATIENCE)
+    page.click("#made .gallery-item:nth-child(2) .star")
+    page.until(f"{STARS}.join() == 'false,true,false'", "the favourite")
+    assert page.script(f"return {STATUS}").startswith("seed")
+    page.click("#only-stars input")
+    page.until(f"{SHOWN} == 1", "the favourite alone")
+    page.script("location.reload()")
+    page.until(f"{STARS}.join() == 'false,true,false' && {SHOWN} == 3", "all of them", PATIENCE)
+    page.until(f"{FOUND}.length >= {len(PROMPTS)}", "the prompts", PATIENCE)
+    page.click("#made .gallery-item:nth-child(2) .star")
+    page.until(f"{STARS}.join() == 'false,false,false'", "no favourite")
+    _check_console(page)
+
+
 def test_several_pictures_of_a_size_and_sampler(page):
     _unfold(page, "#more", "#pictures input")
     _number(page, "#width", 64)
@@ -329,7 +399,7 @@ def _laid(slider, page):
     )
 
 
-def test_encoders_side_by_side(page, demo, screenshots):
+def test_encoders_side_by_side(page, demo):
     _write(page, "red fox")
     _tab(page, "Compare")
     page.until("document.querySelector('#compare-prompt textarea')?.value == 'red fox'", "the prompt")
@@ -342,7 +412,67 @@ def test_encoders_side_by_side(page, demo, screenshots):
     sources = page.script("return [...document.querySelectorAll('#ab img')].map(image => image.src)")
     assert len(set(sources)) == 2
     page.until(lambda: len({tuple(box) for box in _laid("#ab", page)}) == 1, "them to lie on each other")
-    page.screenshot(screenshots / "compare.png")
+
+
+def test_the_native_encoder_beside_the_multilingual_one(visitor, screenshots):
+    _write(visitor, "赤いハート")
+    _number(visitor, "#seed", 7)
+    _tab(visitor, "Compare")
+    visitor.until("document.querySelector('#compare-prompt textarea')?.value == '赤いハート'", "the prompt")
+    visitor.click("#compare")
+    visitor.until("document.querySelector('#why table')?.offsetParent", "the table", PATIENCE)
+    rows = visitor.script("return [...document.querySelectorAll('#why tbody th')].map(one => one.innerText)")
+    assert rows == ["native", "multilingual"]
+    found = "[...document.querySelectorAll('.tiles .caption-label')].filter(one => one.offsetParent)"
+    visitor.until(f"{found}.length == 12", "the neighbours")
+    assert visitor.script(f"return {found}[6].innerText") == "1.00 · 赤いハート"
+    visitor.until(lambda: len({tuple(box) for box in _laid("#ab", visitor)}) == 1, "them to lie on each other")
+    visitor.screenshot(screenshots / "compare.webp")
+
+
+CELLS = "[...document.querySelectorAll('#cells td img')].filter(image => image.naturalWidth).length"
+GRID = "(document.querySelector('#grid-status')?.innerText ?? '')"
+
+
+def _side(page, name, what, values):
+    page.keys(f"#grid-{name} input", f"{CTRL}a{RELEASE}{what}{ENTER}")
+    page.until(f"document.querySelector('#grid-{name} input').value == {what!r}", "the side")
+    _write(page, values, f"#grid-{name}-values textarea, #grid-{name}-values input")
+
+
+def test_a_grid_is_drawn_and_downloaded_and_a_click_brings_a_cell_back(visitor, screenshots, tmp_path):
+    _write(visitor, "red apple, noto style")
+    _number(visitor, "#seed", 7)
+    _tab(visitor, "Grid")
+    visitor.until("document.querySelector('#grid-prompt textarea')?.value == 'red apple, noto style'", "the prompt")
+    _side(visitor, "columns", "prompt words", "noto, blob, flat, fluent, twemoji, firefox")
+    _side(visitor, "rows", "guidance", "1-7(3)")
+    visitor.click("#grid")
+    visitor.until(f"{GRID}.includes('18 pictures in') && {CELLS} == 18", "the grid", PATIENCE)
+    heads = visitor.script("return [...document.querySelectorAll('#cells th')].map(one => one.innerText)")
+    assert heads == ["noto", "blob", "flat", "fluent", "twemoji", "firefox", "guidance 1", "guidance 4", "guidance 7"]
+    visitor.screenshot(screenshots / "grid.webp")
+    visitor.cdp("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    visitor.click("#grid-download")
+    visitor.until((tmp_path / "grid.png").exists, "the download")
+    assert read_parameters(tmp_path / "grid.png").prompt == "red apple, noto style"
+    visitor.click("#cells [data-cell='14']")
+    visitor.until(f"{PROMPT} == 'red apple, flat style' && {SEED} == '7'", "the settings")
+    visitor.until(f"{STATUS}.includes('seed 7 · 20 steps · guidance 7') && {PICTURE} == 128", "the picture")
+    visitor.until("document.querySelector('#prompt').offsetParent", "the first tab")
+
+
+def test_a_grid_stops(page):
+    _write(page, "red fox")
+    _tab(page, "Grid")
+    page.until("document.querySelector('#grid-prompt textarea')?.value == 'red fox'", "the prompt")
+    _side(page, "columns", "steps", "60")
+    _side(page, "rows", "seed", "1-36")
+    page.keys("#grid-prompt textarea", f"{CTRL}{ENTER}{RELEASE}")
+    page.until(f"{CELLS} >= 1", "the first cell", PATIENCE)
+    page.keys("#grid-prompt textarea", ESCAPE)
+    page.until(f"{GRID} == 'Stopped.' && !document.querySelector('#grid').disabled", "the stop")
+    assert 1 <= page.script(f"return {CELLS}") < 36
 
 
 MAP = "document.querySelector('#map canvas')"
@@ -357,23 +487,28 @@ COLOURED = (
 )
 
 
+NEAR = "[...document.querySelectorAll('#explore-near .caption-label')].map(label => label.innerText)"
+
+
+def _colour(page, by):
+    page.script(
+        "[...document.querySelectorAll('#map .by button')].find(one => one.innerText == arguments[0]).click()", by
+    )
+
+
 def _explore(page):
     _tab(page, "Explore")
     page.until(f"{MAP}?.dataset.count == {len(TEXTS)} && {COLOURED}.length", "the map", PATIENCE)
 
 
-def test_the_map_takes_its_colours_from_style_or_language_and_shows_the_prompts_place(explorer, screenshots):
+def test_the_map_takes_its_colours_from_style_or_language_and_shows_the_prompts_place(explorer):
     _write(explorer, "red b, flat style")
     _explore(explorer)
     assert explorer.script(f"return {LEGEND}") == ["blob 8", "flat 8", "noto 8"]
     before = explorer.script(f"return {COLOURED}")
     explorer.until(f"{HERE}?.offsetParent && {HERE}.innerText == 'your prompt'", "the prompt's place", PATIENCE)
-    near = "[...document.querySelectorAll('#explore-near .caption-label')].map(label => label.innerText)"
-    explorer.until(f"{near}[0] == '1.00 · red b, flat style'", "its neighbours")
-    explorer.screenshot(screenshots / "explore.png")
-    explorer.script(
-        "[...document.querySelectorAll('#map .by button')].find(one => one.innerText == 'language').click()"
-    )
+    explorer.until(f"{NEAR}[0] == '1.00 · red b, flat style'", "its neighbours")
+    _colour(explorer, "language")
     explorer.until(f"{LEGEND}.join() == 'de 12,en 12'", "the other legend")
     explorer.script("document.querySelector('#map .values button').click()")
     explorer.until(
@@ -383,6 +518,22 @@ def test_the_map_takes_its_colours_from_style_or_language_and_shows_the_prompts_
     )
     _write(explorer, "", "#explore-prompt textarea")
     explorer.until(f"{HERE}.hidden", "the place to go")
+
+
+def test_a_german_prompt_lies_on_the_map_beside_what_means_the_same_in_other_languages(reference, window, screenshots):
+    window.look(width=1280, height=900, dark=True)
+    _open(window, reference.address)
+    _write(window, "ein rotes Herz")
+    _tab(window, "Explore")
+    window.until(f"{MAP}?.dataset.count > 5000 && {HERE}.offsetParent", "the map", PATIENCE)
+    _colour(window, "language")
+    window.until(f"{LEGEND}.some(value => value.startsWith('de '))", "the languages")
+    window.until(f"{NEAR}.length == 6", "its neighbours", PATIENCE)
+    near = window.script(f"return {NEAR}.map(caption => caption.split(' · ')[1])")
+    concepts = {row.text: row.metadata["concept"] for row in open_index().rows()}
+    assert sum("heart" in concepts[text] for text in near) >= 4, near
+    window.screenshot(screenshots / "explore.webp")
+    _check_console(window)
 
 
 def test_a_dot_tells_its_prompt_and_a_click_shows_its_picture_and_uses_it(explorer):
@@ -520,11 +671,14 @@ def test_the_page_survives_the_death_of_the_server(demo, window, tmp_path):
     _open(window, server.address)
     _write(window, "red fox")
     _draw(window)
+    window.click("#made .star")
+    window.until(f"{STARS}.join() == 'true'", "the favourite")
     server.kill()
     server.start()
     window.script("location.reload()")
     window.until(f"{MADE} == 1 && {PROMPT} == 'red fox'", "what was made before", PATIENCE)
     window.until(f"{FOUND}.length > 0", "the prompts", PATIENCE)
+    assert window.script(f"return {STARS}") == [True]
     _draw(window)
     assert window.script(f"return {MADE}") == 2
     server.close()
@@ -543,11 +697,11 @@ def test_nothing_sticks_out_of_the_page(reference, window, screenshots, width, d
     window.until("!document.querySelector('#random input').checked", "the choice")
     _draw(window)
     window.until(f"{HEAD}.includes('by the same encoder')", "the neighbours", PATIENCE)
-    window.screenshot(screenshots / f"studio-{width}-{'dark' if dark else 'light'}.png")
+    if name := {(1280, False): "desktop", (1280, True): "dark", (390, False): "phone"}.get((width, dark)):
+        window.screenshot(screenshots / f"{name}.webp")
     for title in window.script(f"return [...{TABS}].map(tab => tab.textContent.trim())"):
         _tab(window, title)
         if title == "Explore":
             window.until(f"{MAP}?.dataset.count && {HERE}.offsetParent", "the map", PATIENCE)
-            window.screenshot(screenshots / f"explore-{width}-{'dark' if dark else 'light'}.png")
         assert window.script("return document.documentElement.scrollWidth") <= width
     _check_console(window)

@@ -13,6 +13,7 @@ from PIL import Image
 from textcond import PromptIndex
 from textcond.apps.engine import Engine
 from textcond.apps.metadata import Parameters, read_parameters, write_png
+from textcond.apps.studio import Studio
 from textcond.apps.studio.drawing import Step, Stopped, Waiting, drawing
 from textcond.apps.studio.find import appended, caption
 from textcond.apps.studio.history import KEPT, KEPT_DAYS, History, Made, forget_old
@@ -52,6 +53,8 @@ def test_a_link_brings_everything_back_that_decides_a_picture():
     assert read_link("") is None
     assert read_link("utm_source=x") is None
     assert read_link("prompt=") == Parameters("")
+    assert read_link(link(MADE), "multilingual") == MADE
+    assert read_link("prompt=", "multilingual") == Parameters("", encoder="multilingual")
 
 
 def test_a_link_asks_for_the_neighbours_again():
@@ -221,6 +224,32 @@ def test_previews_and_stopped_runs_are_removed_once_nobody_looks_at_them(tmp_pat
     assert (running / "step-2.png").exists()
 
 
+def test_favourites_outlive_what_else_is_forgotten(tmp_path, monkeypatch):
+    history = History(tmp_path)
+    names = []
+    for number in range(KEPT + 3):
+        path = history.new_folder() / "fox.png"
+        names.append(path.parent.name)
+        write_png(path, Image.new("RGB", (8, 8)), Parameters(f"fox {number}"))
+        if number in (0, 1):
+            history.star(names[number])
+        history.added(Made(path, Parameters(f"fox {number}")))
+    again = History(tmp_path, history.token)
+    kept = [f"fox {number}" for number in (*range(KEPT + 2, 2, -1), 1, 0)]
+    assert [made.parameters.prompt for made in again.pictures()] == kept
+    assert [made.favourite for made in again.pictures()] == [False] * KEPT + [True] * 2
+    again.star(names[1])
+    for name in ("../..", "0" * 16, names[2]):  # no picture, or one that is forgotten
+        again.star(name)
+    assert [made.parameters.prompt for made in again.pictures() if made.favourite] == ["fox 0"]
+    monkeypatch.setattr("textcond.apps.studio.history.MOST_FAVOURITES", 1)
+    with pytest.raises(ValueError, match="1 pictures are favourites"):
+        again.star(names[-1])
+    os.utime(history.folder, (0, 0))
+    forget_old(tmp_path)
+    assert [made.parameters.prompt for made in again.pictures()] == ["fox 0"]
+
+
 @pytest.mark.parametrize("token", ["../../etc", "", None, "A" * 32, "0" * 31])
 def test_a_token_is_no_path(tmp_path, token):
     history = History(tmp_path, token)
@@ -228,16 +257,18 @@ def test_a_token_is_no_path(tmp_path, token):
     assert history.folder.parent == tmp_path
 
 
-def test_visitors_of_long_ago_are_forgotten(tmp_path):
-    old, new = History(tmp_path), History(tmp_path)
+def test_visitors_of_long_ago_are_forgotten(engine, tmp_path):
+    studio = Studio(engine, tmp_path)
+    old, new = studio.history(None), studio.history(None)
     for history in (old, new):
         history.new_folder()
-    (tmp_path / "mine").mkdir()
+    mine = old.folder.with_name("mine")
+    mine.mkdir()
     long_ago = time.time() - (KEPT_DAYS + 1) * 24 * 3600
-    for folder in (old.folder, tmp_path / "mine"):
+    for folder in (old.folder, mine):
         os.utime(folder, (long_ago, long_ago))
-    forget_old(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([new.token, "mine"])
+    studio.forget_old()
+    assert sorted(path.name for path in mine.parent.iterdir()) == sorted([new.token, "mine"])
 
 
 def test_another_pipeline_is_loaded_part_by_part_and_takes_the_place_of_the_first(demo):

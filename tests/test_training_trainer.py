@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny import text_encoder
 from torch import nn
@@ -553,10 +554,14 @@ def process(mode: str, root: Path, out: Path) -> None:
 
         trainer.schedule = hooked
     recipe = two_stages(root, "dry") if mode in ("pair", "signal-one") else killed_recipe(root)
+    joined = Accelerator(cpu=True) if mode == "pair" else None
     try:
         train(recipe, out)
     except KeyboardInterrupt:
         (out / f"stopped-{os.environ['RANK']}").touch()
+    if joined:  # what launched the processes has more for them to do
+        joined.wait_for_everyone()
+        (out / f"went-on-{os.environ['RANK']}").touch()
 
 
 def start(mode: str, root: Path, out: Path, processes: int = 1) -> subprocess.Popen:
@@ -588,6 +593,7 @@ def test_two_processes_train_the_encoder_of_one(folders, tmp_path):
     train(two_stages(folders, "dry"), tmp_path / "one")
     errors = pair.communicate(timeout=200)[1]
     assert pair.returncode == 0, errors[-4000:]
+    assert len(list((tmp_path / "pair").glob("went-on-*"))) == 2
     base, one, two = (
         weights(folder) for folder in (folders / "dry", tmp_path / "one/encoder", tmp_path / "pair/encoder")
     )

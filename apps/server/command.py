@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from textcond.apps.metadata import REFERENCE
+from textcond.apps.metadata import MULTILINGUAL
 from textcond.apps.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def serve(
     app = create_app(
         text_encoder,
         opened,
-        model=_model_name(encoder or (REFERENCE if index is None else text_encoder.name_or_path)),
+        model=_model_name(encoder or (MULTILINGUAL if index is None else text_encoder.name_or_path)),
         writable=writable,
         api_key=api_key,
         queue=queue,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import gradio as gr
 from gradio.data_classes import FileData
 
-from textcond.apps.metadata import NATIVE, Parameters
+from textcond.apps.metadata import Parameters, usual_encoder
 
 from .drawing import drawing
 from .shared import MAX_GUIDANCE, MAX_PROMPT, MAX_SIZE, MAX_STEPS, MIN_SIZE, SEEDS, Studio
@@ -30,7 +30,7 @@ def add_api(studio: Studio) -> None:
         guidance: float = 0.0,
         width: int = 0,
         height: int = 0,
-        encoder: str = NATIVE,
+        encoder: str = "",
         scheduler: str = "",
         neighbours: Literal["off", "expand", "blend"] = "off",
         strength: float = 0.3,
@@ -45,7 +45,8 @@ def add_api(studio: Studio) -> None:
             guidance: classifier-free guidance, 1 to 15; 0 is the pipeline's own.
             width: pixels, 64 to 1024; 0 is the pipeline's own.
             height: pixels, 64 to 1024; 0 is the pipeline's own.
-            encoder: what conditions the pipeline; "native" is its own.
+            encoder: what conditions the pipeline; "native" is its own, empty the usual one, which for the reference
+                model is "multilingual".
             scheduler: the sampler; empty is the pipeline's own.
             neighbours: whether the nearest prompts of the index expand this one or are blended into its conditioning.
             strength: of the neighbours, 0 to 1.
@@ -71,7 +72,7 @@ def add_api(studio: Studio) -> None:
             width=width or None,
             height=height or None,
             pipeline=engine.name,
-            encoder=encoder,
+            encoder=encoder or usual_encoder(engine.name),
             scheduler=scheduler or None,
             retrieval={} if neighbours == "off" else {"mode": neighbours, "strength": strength},
         )
@@ -82,7 +83,7 @@ def add_api(studio: Studio) -> None:
         return FileData(path=str(made.path), orig_name=made.path.name, mime_type="image/png").model_dump()
 
     def search(
-        query: str, k: int = 10, mode: Literal["dense", "lexical", "hybrid"] = "hybrid", encoder: str = NATIVE
+        query: str, k: int = 10, mode: Literal["dense", "lexical", "hybrid"] = "hybrid", encoder: str = ""
     ) -> list[dict[str, Any]]:
         """Find the prompts nearest to a query in the index, in any language.
 
@@ -90,7 +91,7 @@ def add_api(studio: Studio) -> None:
             query: words to look for.
             k: how many, 1 to 100.
             mode: "dense" compares the meaning, "lexical" the words, "hybrid" both.
-            encoder: whose meaning; "native" is the pipeline's own.
+            encoder: whose meaning; as for drawing.
 
         Returns:
             For each: id, score, text, metadata.
@@ -105,15 +106,13 @@ def add_api(studio: Studio) -> None:
             {"id": str(hit.id), "score": float(hit.score), "text": hit.text, "metadata": hit.metadata} for hit in hits
         ]
 
-    def embed(
-        texts: list[str], kind: Literal["query", "document"] = "query", encoder: str = NATIVE
-    ) -> list[list[float]]:
+    def embed(texts: list[str], kind: Literal["query", "document"] = "query", encoder: str = "") -> list[list[float]]:
         """Turn texts into vectors of unit length by the encoder that conditions the pictures.
 
         Args:
             texts: up to 256 of them.
             kind: whether they are looked for, or looked in.
-            encoder: "native" is the pipeline's own.
+            encoder: as for drawing.
 
         Returns:
             A vector for each text; the dot product of two is their cosine.
@@ -134,6 +133,6 @@ def _check(name: str, value: float, least: float, most: float) -> None:
 
 
 def _check_encoder(studio: Studio, encoder: str) -> None:
-    if not studio.trusted and encoder not in (NATIVE, *studio.encoders):
-        choices = ", ".join([NATIVE, *studio.encoders])
+    if encoder and not studio.takes(encoder):
+        choices = ", ".join(studio.offered)
         raise gr.Error(f"encoder {encoder!r} is not offered here: choose one of {choices}", print_exception=False)

@@ -12,7 +12,6 @@ import gradio as gr
 
 from textcond.apps.engine import Read
 from textcond.apps.errors import one_line
-from textcond.apps.metadata import NATIVE
 
 from . import markup
 from .draw_tab import DrawTab
@@ -37,8 +36,8 @@ def compare_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
         names = gr.Dropdown(
             label="Text encoders",
             info=f"two to {MOST}",
-            choices=[("native", NATIVE), *((name, name) for name in studio.encoders)],
-            value=[NATIVE, *studio.encoders[:1]],
+            choices=studio.offered,
+            value=studio.offered[:2],
             multiselect=True,
             max_choices=MOST,
             allow_custom_value=studio.trusted,
@@ -149,10 +148,11 @@ def compare_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
         paths = {item.parameters.encoder: item.path for item in made}
         return (paths[one], paths[other]) if {one, other} <= paths.keys() else None
 
-    def begin(text: str, first: str) -> str:
-        return text or first
+    def begin(text: str, first: str, chosen: list[str]) -> dict:
+        fitting = [name for name in chosen or [] if studio.takes(name)]
+        return {prompt: text or first, names: gr.update(choices=studio.offered, value=fitting or studio.offered[:2])}
 
-    tab.select(begin, [prompt, settings.prompt], prompt, queue=False, **QUIET)
+    tab.select(begin, [prompt, settings.prompt, names], [prompt, names], queue=False, **QUIET)
     asked = gr.on([start.click, prompt.submit], lock, None, buttons, queue=False, **QUIET)
     outputs = [status, results, pictures, slider, left, right, table, *(part for side in sides for part in side)]
     done = asked.then(draw_all, [drawn.token, prompt, names, *settings.inputs], outputs, **DRAWING)

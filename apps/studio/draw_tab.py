@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image
 
 from textcond.apps.errors import one_line
 from textcond.apps.generation import prompt_length
-from textcond.apps.metadata import read_parameters
+from textcond.apps.metadata import read_parameters, usual_encoder
 
 from . import markup
 from .drawing import Stopped, drawing
@@ -25,6 +25,7 @@ from .links import link, read_link
 from .pictures import check_picture
 from .shared import DRAWING, QUIET, SEEDS, Studio, log
 from .snippet import snippet
+from .stars import SCRIPT, STAR
 
 SHOW_PROMPT = "() => document.querySelector('#prompt').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 # A State keeps to the server; a token and the address are what the browser has.
@@ -34,10 +35,18 @@ ADDRESS = "(link) => { history.replaceState(null, '', link ? '#' + link : locati
 
 @dataclass
 class DrawTab:
-    """What other tabs may read: the settings on the left, and the token of the visitor's history."""
+    """What other tabs may use.
+
+    Attributes:
+        side: the settings on the left.
+        token: of the visitor's history.
+        bring_back, outputs: what shows a picture and its settings, and the components that take it.
+    """
 
     side: Generate
     token: gr.BrowserState
+    bring_back: Callable[[Made], dict]
+    outputs: list[Any]
 
 
 def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
@@ -45,6 +54,7 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
     engine = studio.engine
     token = gr.BrowserState("", storage_key="textcond-studio", secret="textcond-studio")
     address = gr.Textbox(visible="hidden", elem_id="address")
+    star = gr.Textbox(visible="hidden", elem_id="star")
     made, current = gr.State([]), gr.State(None)
     with gr.Row():
         with gr.Column(scale=7, min_width=320):
@@ -54,7 +64,6 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
     settings = side.settings
     buttons = [side.generate, side.surprise, side.stop]
     with_picture = [side.similar, side.save]
-    offered = None if studio.trusted else studio.encoders
 
     def find(text: str, chosen: str, mode: str) -> Iterator[dict]:
         try:
@@ -113,9 +122,22 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
         studio.stop(request.session_hash)  # the drawing tells when it has stopped
 
     def show_made(pictures: list[Made]) -> dict:
-        tiles = [(item.path, item.parameters.prompt or "(empty prompt)") for item in pictures]
-        title = "<h2>Made by you</h2>" if pictures else ""
-        return {made: pictures, side.made_head: title, side.history: gr.update(value=tiles, visible=bool(pictures))}
+        tiles = [(item.path, STAR * item.favourite + (item.parameters.prompt or "(empty prompt)")) for item in pictures]
+        return {
+            made: pictures,
+            side.made_head: gr.update(visible=bool(pictures)),
+            side.history: gr.update(value=tiles, visible=bool(pictures)),
+        }
+
+    def toggle_star(visitor: str, name: str) -> dict:
+        if not name:
+            return {star: gr.skip()}
+        history = studio.history(visitor)
+        try:
+            history.star(name)
+        except ValueError as error:
+            return {star: "", side.status: markup.alas(one_line(error))}
+        return {star: ""} | show_made(history.pictures())
 
     def show_current(picture: Made, took: float | None = None) -> dict:
         values = {
@@ -186,8 +208,10 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
                 yield {side.status: markup.alas(one_line(error))}
 
     def restore(pictures: list[Made], event: gr.SelectData) -> dict:
-        picture = pictures[event.index]
-        return show_current(picture) | settings.show(picture.parameters, offered) | {side.fresh: False}
+        return bring_back(pictures[event.index])
+
+    def bring_back(picture: Made) -> dict:
+        return show_current(picture) | settings.show(picture.parameters, studio) | {side.fresh: False}
 
     def open_picture(path: str | None, chosen: str) -> dict:
         """Settings of a picture that was made here or by a web UI; any other picture becomes a query."""
@@ -203,7 +227,7 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
                     raise
                 with Image.open(path) as image:
                     return similar_rows(finder.like(image, "", NEIGHBOURS)[0], "To the picture that you opened.")
-            values = settings.show(parameters, offered) | {side.fresh: False}
+            values = settings.show(parameters, studio) | {side.fresh: False}
             told = f"Settings restored: {Path(path).name}"
             if parameters.pipeline != engine.name:
                 told += f", which {parameters.pipeline} made; {engine.name} is loaded"
@@ -232,14 +256,14 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
     def opened(visitor: str, wanted: str) -> dict:
         history = studio.history(visitor)
         pictures = history.pictures()
-        values: dict[Any, Any] = {token: history.token} | show_made(pictures)
+        values: dict[Any, Any] = {token: history.token} | show_made(pictures) | settings.encoders(studio)
         try:
-            parameters = read_link(wanted)
+            parameters = read_link(wanted, usual_encoder(engine.name))
         except ValueError as error:
             return values | {side.status: markup.alas(one_line(error))}
         if parameters is None:
             return values
-        values |= settings.show(parameters, offered) | {side.fresh: False}
+        values |= settings.show(parameters, studio) | {side.fresh: False}
         same = next((one for one in pictures if link(one.parameters) == wanted), None)
         return values | (show_current(same) if same else {})
 
@@ -294,8 +318,9 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
     side.restore.upload(
         open_picture, [side.restore, settings.encoder], [side.status, *restored, *row_outputs], **QUIET
     ).then(None, js=SHOW_PROMPT, api_visibility="private")
-    side.history.select(restore, made, list(dict.fromkeys([*current_outputs, *restored])), **QUIET).then(
-        None, js=SHOW_PROMPT, api_visibility="private"
-    )
+    outputs = list(dict.fromkeys([*current_outputs, *restored]))
+    side.history.select(restore, made, outputs, **QUIET).then(None, js=SHOW_PROMPT, api_visibility="private")
+    star.change(toggle_star, [token, star], [star, side.status, *made_outputs], queue=False, **QUIET)
+    page.load(None, js=SCRIPT, api_visibility="private")
     address.change(None, address, None, js=ADDRESS, api_visibility="private")
-    return DrawTab(side, token)
+    return DrawTab(side, token, bring_back, outputs)

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from textcond.apps.generation import REFERENCE_GUIDANCE
-from textcond.apps.metadata import NATIVE, REFERENCE, Parameters
+from textcond.apps.metadata import REFERENCE, Parameters, usual_encoder
 from textcond.apps.schedulers import SCHEDULERS
 
 from .shared import MAX_COUNT, MAX_GUIDANCE, MAX_PROMPT, MAX_SIZE, MAX_STEPS, MIN_SIZE, SEEDS, Studio
@@ -40,9 +40,9 @@ class Settings:
         """All of them."""
         return list(vars(self).values())
 
-    def show(self, parameters: Parameters, encoders: list[str] | None) -> dict[Any, Any]:
-        """The values with which the components say `parameters`; an encoder that is not offered leaves its own."""
-        encoder = parameters.encoder if encoders is None or parameters.encoder in encoders else NATIVE
+    def show(self, parameters: Parameters, studio: Studio) -> dict[Any, Any]:
+        """The values with which the components say `parameters`, with the usual encoder for one that is not offered."""
+        encoder = parameters.encoder if studio.takes(parameters.encoder) else usual_encoder(studio.engine.name)
         scale = parameters.guidance_scale
         return {
             self.prompt: parameters.retrieval.get("prompt", parameters.prompt),
@@ -50,13 +50,17 @@ class Settings:
             self.seed: parameters.seed % SEEDS,
             self.steps: min(parameters.num_inference_steps, MAX_STEPS),
             self.guidance: gr.skip() if scale is None else min(MAX_GUIDANCE, max(1, scale)),
-            self.encoder: encoder,
+            self.encoder: gr.update(choices=studio.offered, value=encoder),
             self.width: parameters.width or 0,
             self.height: parameters.height or 0,
             self.scheduler: parameters.scheduler if parameters.scheduler in SCHEDULERS else OWN,
             self.neighbours: parameters.retrieval.get("mode", OFF),
             self.strength: parameters.retrieval.get("strength", STRENGTH),
         }
+
+    def encoders(self, studio: Studio) -> dict[Any, Any]:
+        """The encoders of the pipeline that is loaded, its usual one chosen."""
+        return {self.encoder: gr.update(choices=studio.offered, value=usual_encoder(studio.engine.name))}
 
 
 def read(studio: Studio, values: tuple, seed: int | None = None) -> Parameters:
@@ -78,7 +82,7 @@ def read(studio: Studio, values: tuple, seed: int | None = None) -> Parameters:
         width=int(width) if width else None,
         height=int(height) if height else None,
         pipeline=studio.engine.name,
-        encoder=encoder or NATIVE,
+        encoder=encoder or usual_encoder(studio.engine.name),
         scheduler=None if scheduler in (None, OWN) else scheduler,
         retrieval={} if mode == OFF else {"mode": mode, "strength": float(strength)},
     )
@@ -110,7 +114,7 @@ class Generate:
     used: gr.HTML
     without: gr.Button
     slider: gr.ImageSlider
-    made_head: gr.HTML
+    made_head: gr.Row
     history: gr.Gallery
 
     def use(self, text: str, metadata: dict[str, Any]) -> dict[Any, Any]:
@@ -178,8 +182,8 @@ def generate_side(studio: Studio) -> Generate:
             encoder = gr.Dropdown(
                 label="Text encoder",
                 info="a folder or hub id may be typed" if studio.trusted else None,
-                choices=[("native", NATIVE), *((name, name) for name in studio.encoders)],
-                value=NATIVE,
+                choices=studio.offered,
+                value=usual_encoder(studio.engine.name),
                 allow_custom_value=studio.trusted,
                 elem_id="encoder",
             )
@@ -223,7 +227,10 @@ def generate_side(studio: Studio) -> Generate:
             visible=False,
             elem_id="with-without",
         )
-    made_head = gr.HTML(elem_id="made-head")
+    with gr.Row(visible=False, elem_id="made-head") as made_head:
+        gr.HTML("<h2>Made by you</h2>")
+        # What it hides is in the style sheet.
+        gr.Checkbox(label="Only favourites", container=False, scale=0, min_width=140, elem_id="only-stars")
     history = gr.Gallery(
         show_label=False,
         columns=8,

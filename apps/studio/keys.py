@@ -11,9 +11,9 @@ SCRIPT = """() => {
       event.preventDefault();
       event.stopPropagation();
       document.activeElement?.dispatchEvent(new Event('change', {bubbles: true}));
-      setTimeout(() => press(['#generate', '#compare', '#load']), 50);
+      setTimeout(() => press(['#generate', '#compare', '#grid', '#load']), 50);
     } else if (event.key === 'Escape') {
-      press(['#stop', '#compare-stop', '#explore-cancel', '#cancel']);
+      press(['#stop', '#compare-stop', '#grid-stop', '#explore-cancel', '#cancel']);
     }
   }, true);
   const holdsFile = (event) => [...(event.dataTransfer?.types ?? [])].includes('Files');

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from urllib.parse import parse_qsl, urlencode
 
-from textcond.apps.metadata import Parameters
+from textcond.apps.metadata import NATIVE, Parameters
 
 FIELDS = {
     "prompt": str,
@@ -35,8 +35,8 @@ def link(parameters: Parameters) -> str:
     return text
 
 
-def read_link(text: str) -> Parameters | None:
-    """The parameters of a link, or None where it holds none.
+def read_link(text: str, encoder: str = NATIVE) -> Parameters | None:
+    """The parameters of a link, or None where it holds none; `encoder` is meant where it names none.
 
     Raises:
         ValueError: a value is malformed or out of range.
@@ -55,4 +55,4 @@ def read_link(text: str) -> Parameters | None:
             values["retrieval"] = {"mode": mode, "strength": float(strength)}
         except ValueError as error:
             raise ValueError(f"the link says {RETRIEVAL}={found[RETRIEVAL]:.40}, which is no MODE:STRENGTH") from error
-    return Parameters(**({"prompt": ""} | values)) if values else None
+    return Parameters(**({"prompt": "", "encoder": encoder} | values)) if values else None

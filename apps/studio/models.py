@@ -64,7 +64,7 @@ def loading(
 
 def models_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
     """Lay it out in the tab that is open, and wire it."""
-    engine = studio.engine
+    engine, settings = studio.engine, drawn.side.settings
     present = gr.HTML(elem_id="present")
     with gr.Row(visible=studio.trusted):
         name = gr.Textbox(
@@ -107,10 +107,11 @@ def models_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
             try:
                 if not studio.trusted:
                     raise ValueError("the model is chosen by who runs this server")
+                before = engine.name
                 chosen = [None if value == AUTOMATIC else value for value in (where, precision)]
                 for share, what in loading(engine, wanted.strip() or engine.name, *chosen, signal):
                     yield {status: markup.bar(share, f"Loading: {what}")}
-                yield {status: "Loaded."} | described()
+                yield {status: "Loaded."} | described() | (settings.encoders(studio) if engine.name != before else {})
             except Stopped:
                 yield {status: f"Cancelled: {engine.name} stays."}
             except Exception as error:
@@ -127,7 +128,13 @@ def models_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
         }
 
     asked = gr.on([load.click, name.submit], lock, None, buttons, queue=False, **QUIET)
-    done = asked.then(load_pipeline, [name, device, dtype], [status, present, contracts], concurrency_limit=2, **QUIET)
+    done = asked.then(
+        load_pipeline,
+        [name, device, dtype],
+        [status, present, contracts, settings.encoder],
+        concurrency_limit=2,
+        **QUIET,
+    )
     done.then(unlock, None, buttons, queue=False, **QUIET)
     cancel.click(halt, queue=False, **QUIET)
     tab.select(described, None, [present, contracts], **QUIET)

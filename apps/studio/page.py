@@ -8,12 +8,13 @@ from .api import add_api
 from .compare import compare_tab
 from .draw_tab import draw_tab
 from .explore import explore_tab
+from .grid import grid_tab
 from .markup import HEAD
 from .models import models_tab
 from .shared import Studio
 
 # Behind the first tab, in this order: a title, and what lays the tab out and wires it.
-TABS = (("Compare", compare_tab), ("Explore", explore_tab), ("Models", models_tab))
+TABS = (("Compare", compare_tab), ("Grid", grid_tab), ("Explore", explore_tab), ("Models", models_tab))
 
 
 def build(studio: Studio) -> gr.Blocks:

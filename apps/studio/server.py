@@ -13,10 +13,9 @@ from pathlib import Path
 
 from textcond.apps.engine import Engine
 from textcond.apps.loading import find_pipeline
-from textcond.apps.metadata import MULTILINGUAL, REFERENCE
+from textcond.apps.metadata import REFERENCE
 from textcond.apps.quiet import quiet_libraries
 
-from .history import forget_old
 from .keys import SCRIPT
 from .page import build
 from .shared import MAX_UPLOAD, Studio, log
@@ -66,13 +65,13 @@ def serve(
     port = free_port(host, port)
     local = host in LOOPBACK
     folder = pictures_folder(pictures)
-    forget_old(folder / "made")
     studio = Studio(
         engine=Engine(pipeline, index, device, dtype, own_index=folder / "index"),
         folder=folder / "served",
-        encoders=[*([MULTILINGUAL] if pipeline == REFERENCE else []), *nearby_encoders(Path.cwd())],
+        encoders=nearby_encoders(Path.cwd()),
         trusted=local or known is not None,
     )
+    studio.forget_old()
     page = build(studio)
     _, address, _ = page.queue(max_size=128, default_concurrency_limit=4).launch(
         server_name=host,

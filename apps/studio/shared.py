@@ -13,12 +13,14 @@ from typing import Any
 
 from textcond.apps.engine import Engine
 from textcond.apps.errors import debugging, one_line
+from textcond.apps.metadata import MULTILINGUAL, NATIVE, REFERENCE
 
-from .history import History
+from .history import History, forget_old
 from .line import Line
 
 SEEDS = 2**32
 MAX_PROMPT, MAX_STEPS, MAX_GUIDANCE, MAX_COUNT = 100_000, 60, 15.0, 8
+MAX_CELLS = 36
 MIN_SIZE, MAX_SIZE = 64, 1024
 MAX_UPLOAD = 16 * 2**20
 # Of all events that are no part of the typed API.
@@ -34,7 +36,7 @@ class Studio:
     Args:
         engine: draws and finds.
         folder: takes the pictures; below it everything is served to those who know its name.
-        encoders: offered beside the pipeline's own.
+        encoders: offered beside the pipeline's own, and beside the shipped one where that fits.
         trusted: whether visitors may load models, type any folder or hub id, and write into the index.
     """
 
@@ -45,9 +47,27 @@ class Studio:
     line: Line = field(default_factory=Line)
     stops: dict[str, threading.Event] = field(default_factory=dict)
 
+    @property
+    def offered(self) -> list[str]:
+        """The encoders to choose from, for the pipeline that is loaded."""
+        return [NATIVE, *([MULTILINGUAL] if self.engine.name == REFERENCE else []), *self.encoders]
+
+    def takes(self, encoder: str) -> bool:
+        """Whether a visitor may choose that encoder."""
+        return encoder in self.offered or (self.trusted and encoder != MULTILINGUAL)
+
     def history(self, token: str | None) -> History:
         """The pictures of the visitor with that token."""
         return History(self.folder / "made", token)
+
+    def grids(self, token: str | None) -> History:
+        """The pictures of that visitor's last grid, and the grid as one of them."""
+        return History(self.folder / "grids", token, kept=MAX_CELLS + 1)
+
+    def forget_old(self) -> None:
+        """Remove what visitors of long ago have made."""
+        for name in ("made", "grids"):
+            forget_old(self.folder / name)
 
     @property
     def rows(self) -> Path:

@@ -84,6 +84,18 @@ footer { display: none !important; }
   unicode-bidi: plaintext;
 }
 .tiles .thumbnail-item:focus-visible { outline: 2px solid var(--primary-500); }
+#made-head { align-items: center; justify-content: space-between; }
+#made-head > * { flex: none; width: fit-content; min-width: 0 !important; border: 0 !important; background: none; }
+#made .gallery-item { position: relative; }
+#made .star {
+  position: absolute; right: .25rem; top: .25rem; width: 1.7rem; height: 1.7rem; border-radius: 50%; line-height: 1;
+  font-size: 1rem; color: var(--neutral-600); background: rgb(255 255 255 / .7); opacity: 0;
+}
+#made .gallery-item:hover .star, #made .star:focus-visible, #made .star[aria-pressed=true] { opacity: 1; }
+#made .star:hover, #made .star[aria-pressed=true] { color: var(--primary-600); }
+#made .star:focus-visible { outline: 2px solid var(--primary-500); }
+@media (hover: none) { #made .star { opacity: 1; } }
+body:has(#only-stars input:checked) #made .gallery-item:not(:has(.star[aria-pressed=true])) { display: none; }
 #tabs > .tab-wrapper { margin-bottom: .4rem; }
 #with-picture, #with-picture button { white-space: nowrap; }
 #with-picture { gap: .5rem; }
@@ -105,7 +117,9 @@ footer { display: none !important; }
 #find-options label span { margin: 0; }
 #find-options input { position: absolute; opacity: 0; pointer-events: none; }
 #find-options label:has(input:focus-visible) { outline: 2px solid var(--primary-500); }
-#compare-status, #load-status { color: var(--body-text-color-subdued); font-size: .88rem; min-height: 1.6rem; }
+#compare-status, #grid-status, #load-status {
+  color: var(--body-text-color-subdued); font-size: .88rem; min-height: 1.6rem;
+}
 #explore-bar { align-items: center; gap: .6rem; margin: -.4rem 0 -.5rem; }
 #explore-status { flex: 1; color: var(--body-text-color-subdued); font-size: .88rem; min-height: 1.6rem; }
 #explore-picture img { object-fit: contain; width: 100%; height: 100%; }

@@ -27,12 +27,12 @@ def load_reference(
 
 
 def open_reference_index(encoder: TextEncoder | None = None) -> PromptIndex:
-    """The shipped index of the reference captions and their pictures, in the native text encoder's space.
+    """The shipped index of the reference captions in 15 languages and their pictures, in the space of `MULTILINGUAL`.
 
     Args:
-        encoder: the native text encoder if it is already in memory; otherwise it is loaded.
+        encoder: the text encoder of `MULTILINGUAL` if it is already in memory; otherwise it is loaded.
 
     Raises:
         ValueError: `encoder` is another one than the index was made with.
     """
-    return PromptIndex.open(REFERENCE / "index", encoder)
+    return PromptIndex.open(MULTILINGUAL / "index", encoder)

@@ -82,7 +82,7 @@ def build(
     if "evaluate" in stages:
         measure(data, out, recipe.denoiser.concepts, accelerator)
     if "ship" in stages and accelerator.is_main_process:
-        ship(data, out, recipe.denoiser.concepts)
+        ship(out)
     accelerator.wait_for_everyone()
     return out
 
@@ -111,8 +111,8 @@ def measure(data: ReferenceData, out: Path, concepts: int, accelerator: Accelera
     print(json.dumps(scores, indent=1))
 
 
-def ship(data: ReferenceData, out: Path, concepts: int) -> Path:
-    """Assemble `out/emoji`: the pipeline in float16 and the index of its captions with their pictures."""
+def ship(out: Path) -> Path:
+    """Assemble `out/emoji`: the pipeline in float16, its text encoder with the image tower that shares its space."""
     source = out / "denoiser" / "pipeline"
     with atomic_folder(out / "emoji", owned=("*",)) as folder:
         for file in sorted(source.rglob("*")):
@@ -128,8 +128,6 @@ def ship(data: ReferenceData, out: Path, concepts: int) -> Path:
                 raise FileNotFoundError(f"{out / name} is not there: run stage evaluate first")
             shutil.copy(out / name, folder / name)
         ship_encoder(out / "clip", folder / "text_encoder")
-    encoder = TextEncoder.from_pretrained(out / "emoji" / "text_encoder")
-    build_index(data, encoder, out / "emoji" / "index", concepts)
     return out / "emoji"
 
 

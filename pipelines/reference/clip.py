@@ -343,7 +343,7 @@ def ship_encoder(clip: Path, folder: Path) -> None:
     """
     text = TextEncoder.from_pretrained(clip / "text_encoder")
     tower = ImageTower.from_pretrained(clip / "image_encoder").as_open_clip()
-    both = ImageTextEncoder(text.backbone, text.tokenizer, text.config, text.projection, image_tower=tower)
+    both = ImageTextEncoder.from_towers(text, tower)
     both.save_pretrained(folder)
     for weights in folder.rglob("*.safetensors"):
         write_tensors(weights, half(read_tensors(weights)))

@@ -1,6 +1,6 @@
 """The multilingual encoder that ships: its own vocabulary, four layers of multilingual-e5-small, distilled on phrases.
 
-One resumable recipe, stage by stage: phrases -> vocabulary -> teacher -> distil -> finetune -> align -> ship.
+One resumable recipe of stages: phrases -> vocabulary -> teacher -> distil -> finetune -> align -> pictures -> ship.
 
 The student is an ELECTRA encoder, since that is BERT with an embedding table narrower than the layers: of 9.7 M
 parameters the layers have 7.1 M, and a vocabulary for all languages of CLDR has to do with the rest. Layers are as wide
@@ -27,28 +27,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, ElectraConfig, ElectraModel, PreTrainedTokenizerFast
 
-from textcond import TextEncoder, TextEncoderConfig
+from textcond import ConditioningEncoder, TextEncoder, TextEncoderConfig
 from textcond.evaluation import RetrievalTask
 from textcond.features import ContrastiveBatch, Features
 from textcond.files import half, read_tensors, write_mark, write_tensors
 from textcond.folders import atomic_folder, read_json
-from textcond.index.image_text import IMAGE_FOLDER
+from textcond.index.image_text import IMAGE_FOLDER, load_image_tower
 from textcond.losses import InfoNCE, VectorMSE, WeightedSum
 from textcond.pipelines.alignment import AlignmentOptions, align
 from textcond.pipelines.loop import fit, share, step_generator
 from textcond.training import Data, Mining, Recipe, Stage, train
 
-from . import load_reference
+from . import REFERENCE, load_reference
 from .build import build_index
-from .clip import ImageTower
 from .data import COLOURS, STYLES, Concept, ReferenceData, caption, is_held_out, is_held_out_concept, read_concepts
-from .image_tower import fit_image_tower
+from .image_tower import TowerRecipe, train_image_tower
 from .phrases import ALIGNED, UNSEEN, build_phrases, digest, foreign_caption, key, read_phrases
 
-STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune", "align", "ship")
+STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune", "align", "pictures", "ship")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the order of XLM-R
 TEACHER_BLOCK = 4096
-INDEXED = ("en", *ALIGNED, *UNSEEN)  # languages of the shipped index
 
 
 # -- teacher ---------------------------------------------------------------------------------------------------------
@@ -531,6 +529,7 @@ class MultilingualRecipe:
     distil: DistilRecipe = field(default_factory=DistilRecipe)
     finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
     align: AlignRecipe = field(default_factory=AlignRecipe)
+    pictures: TowerRecipe = field(default_factory=TowerRecipe)
 
 
 def build_multilingual(
@@ -541,7 +540,7 @@ def build_multilingual(
     teacher: str | Path = "intfloat/multilingual-e5-small",
     packages: str | Path | None = None,
     data: str | Path | None = None,
-    clip: str | Path | None = None,
+    start: str | Path | None = None,
     pipeline: DiffusionPipeline | None = None,
     recipe: MultilingualRecipe | None = None,
 ) -> Path:
@@ -553,9 +552,9 @@ def build_multilingual(
         phrases: the folder of `build_phrases`; stage "phrases" makes it.
         teacher: a BERT-like text encoder.
         packages: for stage "phrases", see `build_phrases`.
-        data: for stages "phrases", "align" and "ship", the reference data.
-        clip: for stage "ship", what the reference recipe's stage of that name left; None ships neither an image tower
-            nor an index.
+        data: for stages "phrases", "align", "pictures" and "ship", the reference data.
+        start: an encoder that an earlier run shipped, to train on: its vocabulary, layers and bridge are kept, and
+            stage "vocabulary" is not needed. None starts from the teacher's layers and a new bridge.
         pipeline: for stage "align", what the encoder is to condition; None for the reference model.
         recipe: the options.
 
@@ -567,28 +566,34 @@ def build_multilingual(
     for stage in stages:
         if stage not in STAGES:
             raise ValueError(f"there is no stage {stage!r}: choose from {', '.join(STAGES)}")
+    if data is None and (reading := {"phrases", "align", "pictures", "ship"}.intersection(stages)):
+        raise ValueError(f"stage {min(reading)} reads the reference data: pass data=")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     vocabulary, vectors, distilled = out / "vocabulary", out / "teacher", out / "distil"
     with accelerator.main_process_first():
         if "phrases" in stages and not (phrases / "report.json").is_file():
-            if packages is None or data is None:
-                raise ValueError("stage phrases reads packages and the reference data: pass packages= and data=")
+            if packages is None:
+                raise ValueError("stage phrases reads packages: pass packages=")
             build_phrases(phrases, packages=packages, data=data)
-        if "vocabulary" in stages and not vocabulary.is_dir():
+        if "vocabulary" in stages and start is None and not vocabulary.is_dir():
             _need(phrases / "distil.txt", "phrases")
             train_vocabulary(phrases, vocabulary, recipe.vocabulary, max_length=recipe.student.max_length)
         if "teacher" in stages:
             _need(phrases / "distil.txt", "phrases")
             teacher_vectors(phrases, teacher, vectors)
     if "distil" in stages and not (distilled / "encoder").is_dir():
-        _need(vocabulary, "vocabulary")
+        if start is None:
+            _need(vocabulary, "vocabulary")
         _need(vectors / "vectors.npy", "teacher")
         mark = read_json(vectors / "mark.json")
         if mark["done"] < mark["texts"]:
             raise FileNotFoundError(f"{vectors} holds {mark['done']} of {mark['texts']} vectors: finish stage teacher")
         torch.manual_seed(recipe.distil.seed)
-        tokenizer = AutoTokenizer.from_pretrained(vocabulary)
-        student = new_student(tokenizer, TextEncoder.from_pretrained(teacher), recipe.student)
+        if start is None:
+            tokenizer = AutoTokenizer.from_pretrained(vocabulary)
+            student = new_student(tokenizer, TextEncoder.from_pretrained(teacher), recipe.student)
+        else:
+            student = TextEncoder.from_pretrained(start, dtype=torch.float32)
         batches = DistilBatches(phrases, vectors / "vectors.npy", recipe.distil)
         distil(student, batches, distilled, recipe.distil, accelerator)
     if "finetune" in stages and not (out / "finetune" / "encoder").is_dir():
@@ -596,40 +601,51 @@ def build_multilingual(
         finetune(distilled / "encoder", phrases, out / "finetune", recipe.finetune)
     if "align" in stages and not (out / "aligned" / "alignment.json").is_file():
         _need(out / "finetune" / "encoder", "finetune")
-        if data is None:
-            raise ValueError("stage align reads the captions of the reference data: pass data=")
         lines = alignment_prompts(phrases, read_concepts(data), recipe.align)
         tuned = TextEncoder.from_pretrained(out / "finetune" / "encoder")
+        if start is not None:
+            begun = ConditioningEncoder.from_pretrained(start, dtype=torch.float32)
+            begun.backbone.load_state_dict(tuned.backbone.state_dict())
+            tuned = begun
         with (phrases / "distil.txt").open(encoding="utf-8") as file:
             anchors = list(itertools.islice(file, recipe.align.anchors))
         align(pipeline or load_reference(), tuned, lines, out / "aligned", recipe.align.options, anchors=anchors)
+    if "pictures" in stages and not (out / "pictures" / IMAGE_FOLDER).is_dir():
+        _need(out / "aligned" / "alignment.json", "align")
+        drawings, encoder = ReferenceData.load(data), TextEncoder.from_pretrained(out / "aligned")
+        tower = train_image_tower(
+            encoder, load_image_tower(REFERENCE / "text_encoder"), drawings, out / "pictures", indexed(drawings),
+            recipe.pictures, accelerator,
+        )  # fmt: skip
+        if accelerator.is_main_process:
+            tower.save_pretrained(out / "pictures" / IMAGE_FOLDER)
+        accelerator.wait_for_everyone()
     if "ship" in stages and accelerator.is_main_process:
         _need(out / "aligned" / "alignment.json", "align")
-        ship(out / "aligned", out / "encoder")
-        if clip is not None and data is not None:
-            complete(out / "encoder", ReferenceData.load(data), Path(clip), recipe.align.concepts)
+        _need(out / "pictures" / IMAGE_FOLDER, "pictures")
+        ship(out / "aligned", out / "pictures" / IMAGE_FOLDER, out / "encoder")
+        drawings = ReferenceData.load(data)
+        encoder = TextEncoder.from_pretrained(out / "encoder")
+        build_index(drawings, encoder, out / "encoder" / "index", recipe.align.concepts, indexed(drawings))
     return out
 
 
-def ship(aligned: Path, out: Path) -> Path:
-    """Copy an aligned encoder to `out`, its weights in float16."""
+def indexed(data: ReferenceData) -> list[str]:
+    """Languages of the shipped index: English, those of the alignment, and some that it leaves out."""
+    named = {"en"}.union(*(concept.names for concept in data.concepts))
+    return [language for language in ("en", *ALIGNED, *UNSEEN) if language in named]
+
+
+def ship(aligned: Path, tower: Path, out: Path) -> None:
+    """Copy an aligned encoder to `out`, and an image tower into it, their weights in float16."""
     with atomic_folder(out, owned=("*",)) as folder:
-        for file in sorted(aligned.iterdir()):
-            if file.suffix == ".safetensors":
-                write_tensors(folder / file.name, half(read_tensors(file)))
-            elif file.is_file() and file.name != "alignment.json":
-                shutil.copy(file, folder / file.name)
-    return out
-
-
-def complete(folder: Path, data: ReferenceData, clip: Path, concepts: int) -> None:
-    """Put beside a shipped encoder the image tower that fits it, and an index of the captions in `INDEXED`."""
-    encoder = TextEncoder.from_pretrained(folder)
-    tower = fit_image_tower(encoder, ImageTower.from_pretrained(clip / "image_encoder"), data)
-    tower.save_pretrained(folder / IMAGE_FOLDER)
-    for weights in (folder / IMAGE_FOLDER).glob("*.safetensors"):
-        write_tensors(weights, half(read_tensors(weights)))
-    build_index(data, encoder, folder / "index", concepts, INDEXED)
+        (folder / IMAGE_FOLDER).mkdir()
+        for source, target in ((aligned, folder), (tower, folder / IMAGE_FOLDER)):
+            for file in sorted(source.iterdir()):
+                if file.suffix == ".safetensors":
+                    write_tensors(target / file.name, half(read_tensors(file)))
+                elif file.is_file() and file.name != "alignment.json":
+                    shutil.copy(file, target / file.name)
 
 
 def _need(path: Path, stage: str) -> None:

@@ -29,6 +29,7 @@ ROWS = {
     "attention": (1.0, 0.0, {**NONE, "attention_weight": 1.0}),
     "all without the denoiser": (1.0, 0.0, {}),
     "all": (0.7, 0.3, {}),
+    "timestep-aware": (0.7, 0.3, {"bridge": "timestep"}),
 }
 CALIBRATION = 12  # steps
 

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from studio_page import SETTINGS, Page
 
+from textcond.apps.metadata import MULTILINGUAL
+
 WORDS = ("red", "blue", "apple", "fox", "cat", "noto", "blob", "style", "on", "green", "flat", "heart", "star")
 
 
@@ -35,7 +37,7 @@ def memory(pid: int) -> float:
 def draw(page: Page, session: str, **changed) -> list[tuple[float, dict]]:
     """Press Generate; every message with its second."""
     began = time.monotonic()
-    settings = SETTINGS | {"prompt": "red apple, noto style", "steps": 20} | changed
+    settings = SETTINGS | {"prompt": "red apple, noto style", "steps": 20, "encoder": MULTILINGUAL} | changed
     return [
         (time.monotonic() - began, message)
         for message in page.messages("run", "", False, 1, None, *settings.values(), session=session)
@@ -58,7 +60,7 @@ def main() -> None:
         try:
             page = Page(server.stdout.readline().split()[2])
             table.add_row("from the command to the page", f"{time.monotonic() - began:.1f} s")
-            page.fire("find", "fox", "native", "dense", session="first")
+            page.fire("find", "fox", MULTILINGUAL, "dense", session="first")
             table.add_row("from the command to the first neighbours", f"{time.monotonic() - began:.1f} s")
             draw(page, "first")
             table.add_row("from the command to the first picture", f"{time.monotonic() - began:.1f} s")
@@ -69,7 +71,7 @@ def main() -> None:
             for _ in range(options.queries):
                 text = " ".join(rng.choice(WORDS, 4))
                 began = time.monotonic()
-                page.fire("find", text, "native", "dense", session="typing")
+                page.fire("find", text, MULTILINGUAL, "dense", session="typing")
                 took.append(time.monotonic() - began)
             table.add_row("neighbours while typing, p50", f"{1000 * np.percentile(took, 50):.0f} ms")
             table.add_row("neighbours while typing, p95", f"{1000 * np.percentile(took, 95):.0f} ms")

@@ -82,15 +82,20 @@ class ImageTextEncoder(TextEncoder):
                 raise ValueError(f"a SigLIP model takes no {', '.join(options)}: its texts are read in one way")
             encoder = _siglip(folder, dtype)
         else:
-            tower = _open_clip_tower(name.removeprefix(OPEN_CLIP)) if folder is None else _tower_of(folder)
+            tower = _open_clip_tower(name.removeprefix(OPEN_CLIP)) if folder is None else load_image_tower(folder)
             if tower is None:
                 raise ValueError(f"{name} has no image tower: give a CLIP or SigLIP model")
-            text = TextEncoder.from_pretrained(name_or_path, dtype=dtype, **options)
-            encoder = cls(text.backbone, text.tokenizer, text.config, text.projection, image_tower=tower)
-            encoder.heads = text.heads
+            encoder = cls.from_towers(TextEncoder.from_pretrained(name_or_path, dtype=dtype, **options), tower)
         encoder.name_or_path = name
         encoder.image_tower.to(dtype)
         return encoder if device is None else encoder.to(device)
+
+    @classmethod
+    def from_towers(cls, text: TextEncoder, image_tower: TransformersTower | OpenClipTower) -> ImageTextEncoder:
+        """The parts of `text`, which are shared and not copied, with a tower."""
+        encoder = cls(text.backbone, text.tokenizer, text.config, text.projection, image_tower=image_tower)
+        encoder.heads, encoder.name_or_path = text.heads, text.name_or_path
+        return encoder
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a TextEncoder folder with the image tower in `image_encoder/`; `from_pretrained` reads both back."""
@@ -231,8 +236,8 @@ def _siglip(folder: Path, dtype: torch.dtype) -> ImageTextEncoder:
     return _SiglipEncoder(model, AutoTokenizer.from_pretrained(folder), config, model.head, image_tower=tower)
 
 
-def _tower_of(folder: Path) -> TransformersTower | OpenClipTower | None:
-    """Return the image tower in a model folder, or None."""
+def load_image_tower(folder: Path) -> TransformersTower | OpenClipTower | None:
+    """The image tower in a model folder, in evaluation mode and float32; None if there is none."""
     if (folder / IMAGE_FOLDER).is_dir():
         folder = folder / IMAGE_FOLDER
         if (folder / CONFIG).exists():

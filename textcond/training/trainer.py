@@ -77,6 +77,7 @@ class Trainer:
             )
         trackers = {"log_with": "tensorboard", "project_dir": out} if recipe.tensorboard else {}
         cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        self._joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.accelerator = Accelerator(cpu=cpu, **trackers)
         self._claim()
         if recipe.tensorboard:
@@ -120,7 +121,11 @@ class Trainer:
             comparison = self._comparison()
             (final / "README.md").write_text(model_card(self.recipe, comparison), encoding="utf-8")
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        if self._joined:  # the processes are the caller's, who has more for them to do
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        else:
+            self.accelerator.end_training()
         return final
 
     def _run_stage(self, stage: Stage, checkpoint: tuple[dict[str, Any], dict[str, Tensor]] | None) -> None:
