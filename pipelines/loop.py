@@ -79,11 +79,13 @@ class Validation:
         score: `step -> score`, lower is better, of the module as it is then; every process calls it alike.
         every: steps between scores; the last step is always scored.
         patience: scores in a row without a better one that end the run; None for never.
+        first: score the weights that the run starts from, too: what it returns is then never worse than they are.
     """
 
     score: Callable[[int], float]
     every: int
     patience: int | None = None
+    first: bool = False
 
 
 def fit(
@@ -125,6 +127,8 @@ def fit(
     state = _State(module, optimizer, Ema(module, ema) if ema else None)
     checkpoint = out / "checkpoint"
     state.resume(checkpoint)
+    if validation and validation.first and state.step == 0:
+        state.validate(validation)
     prepared.train()
     log = out / "log.jsonl"
     out.mkdir(parents=True, exist_ok=True)

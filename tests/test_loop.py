@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from textcond.pipelines.loop import fit, share, step_generator, warmup_stable_decay
+from textcond.pipelines.loop import Validation, fit, share, step_generator, warmup_stable_decay
 from textcond.pipelines.optimizers import MuonAdamW
 
 BATCH, STEPS = 8, 12
@@ -32,10 +32,10 @@ def loss_of(accelerator, stop_at=None):
     return loss
 
 
-def run(out, accelerator, stop_at=None):
+def run(out, accelerator, stop_at=None, module=None, **options):
     return fit(
-        "test", new_module(), loss_of(accelerator, stop_at), out=out, steps=STEPS, batch=BATCH, learning_rate=1e-2,
-        accelerator=accelerator, ema=0.9, save_every=0.0,
+        "test", module or new_module(), loss_of(accelerator, stop_at), out=out, steps=STEPS, batch=BATCH,
+        learning_rate=1e-2, accelerator=accelerator, ema=0.9, save_every=0.0, **options,
     )  # fmt: skip
 
 
@@ -49,6 +49,22 @@ def test_an_interrupted_run_resumes_to_the_very_same_weights(tmp_path):
     assert whole.keys() == resumed.keys()
     for key in whole:
         assert torch.equal(whole[key], resumed[key]), key
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_that_only_gets_worse_returns_its_start_if_that_was_scored(tmp_path, first):
+    start, accelerator = new_module().state_dict(), Accelerator(cpu=True)
+
+    def resumed(stop_at):
+        module = new_module()
+        moved = Validation(
+            lambda step: float((module[0].weight.detach() - start["0.weight"]).norm()), every=4, first=first
+        )
+        return run(tmp_path, accelerator, stop_at, module, validation=moved)
+
+    with pytest.raises(KeyboardInterrupt):
+        resumed(stop_at=2)
+    assert torch.equal(resumed(stop_at=None)["0.weight"], start["0.weight"]) == first
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path):

@@ -341,7 +341,7 @@ class Aligner:
             ema=0.99,
             save_every=self.options.save_every,
             validation=Validation(lambda step: self.held_out_distance(), self.options.validate_every,
-                                  self.options.patience),
+                                  self.options.patience, first=name == "denoiser"),
         )  # fmt: skip
         self.trained.load_state_dict(weights)
 

@@ -47,6 +47,8 @@ def prepare(arguments: argparse.Namespace) -> tuple[Path, float | None]:
     folder = arguments.work / f"{arguments.encoder.strip('/').replace('/', '_')}-{arguments.rows}-{arguments.queries}"
     if (folder / "truth.npy").exists():
         return folder, None
+    import torch
+
     from textcond import TextEncoder
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Path, float | None]:
     order = np.random.default_rng(0).permutation(len(prompts))[: arguments.rows + arguments.queries]
     texts = [prompts[place] for place in order[: arguments.rows]]
     queries = [prompts[place] for place in order[arguments.rows :]]
-    encoder = TextEncoder.from_pretrained(arguments.encoder)
+    encoder = TextEncoder.from_pretrained(arguments.encoder, dtype=getattr(torch, arguments.dtype))
     start = time.perf_counter()
     vectors = unit(encoder.encode(texts, kind="document", show_progress_bar=True))
     rate = len(texts) / (time.perf_counter() - start)
@@ -329,6 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True, help="a file of prompts, tab-separated")
     parser.add_argument("--encoder", required=True, help="folder or hub id")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the encoder")
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-index"), help="vectors are kept here")
@@ -349,7 +352,8 @@ def main() -> None:
             sys.exit(f"{engine} failed:\n{finished.stderr[-2000:]}")
         results[engine] = json.loads(finished.stdout.splitlines()[-1])
 
-    title = f"{arguments.rows:,} prompts, {arguments.queries} queries, top {K}, one thread, {arguments.encoder}"
+    title = f"{arguments.rows:,} prompts, {arguments.queries} queries, top {K}, one thread"
+    title += f", {arguments.encoder} in {arguments.dtype}"
     table = Table(title=title + (f"; encoding took {arguments.rows / rate:.0f} s, {rate:,.0f} texts/s" if rate else ""))
     for column in ("engine", "rows/s", "optimize, s", "disk, MB", "memory, MB", "index", "recall", "search",
                    "p50, ms", "p95, ms", "ours adds, ms"):  # fmt: skip
