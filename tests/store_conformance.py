@@ -138,9 +138,9 @@ class StoreConformance:
             assert opened.count(None) == len(TEXTS) + 1
             (row,) = opened.get(["id 0'"], vectors=True, images=True)
             assert (row.text, row.metadata, row.image, row.has_image) == ("a blue whale", {"style": "new"}, None, False)
-            assert {id for id, _ in opened.lexical(["whale"], 5, None)} == {"id 0'", "new"}
-            assert "id 0'" not in {id for id, _ in opened.lexical(["red"], 5, None)}
-            assert {id for id, _ in opened.dense(changed.vector, 2, None, True)} == {"id 0'", "new"}
+            assert {row.id for row, _ in opened.lexical(["whale"], 5, None)} == {"id 0'", "new"}
+            assert "id 0'" not in {row.id for row, _ in opened.lexical(["red"], 5, None)}
+            assert {row.id for row, _ in opened.dense(changed.vector, 2, None, True)} == {"id 0'", "new"}
 
     def test_delete_by_ids_by_filter_and_by_both(self, store, open_store):
         assert store.delete(["id 0'", "none", "id 4'"], {"style": "noto"}) == 1
@@ -150,7 +150,7 @@ class StoreConformance:
         for opened in (store, open_store()):
             assert opened.count(None) == len(TEXTS) - 3
             assert opened.lexical(["red"], 5, None) == []
-            assert {id for id, _ in opened.dense(rows()[0].vector, 99, None, False)} == ids({1, 2, 3, 6, 7, 8, 9})
+            assert {row.id for row, _ in opened.dense(rows()[0].vector, 99, None, False)} == ids({1, 2, 3, 6, 7, 8, 9})
         assert store.delete(None, {}) == len(TEXTS) - 3
         assert store.count(None) == 0
         store.upsert(rows())
@@ -163,7 +163,7 @@ class StoreConformance:
         expected = matrix @ query
         for exact in (True, False):
             found = store.dense(query, 4, None, exact)
-            assert [id for id, _ in found] == [f"id {place}'" for place in np.argsort(-expected)[:4]]
+            assert [row.id for row, _ in found] == [f"id {place}'" for place in np.argsort(-expected)[:4]]
             np.testing.assert_allclose([score for _, score in found], np.sort(expected)[::-1][:4], atol=2e-3)
         assert len(store.dense(query, 99, None, True)) == len(TEXTS)
 
@@ -173,7 +173,7 @@ class StoreConformance:
         vector = rows()[0].vector
         store.upsert([Row(f"{place:02}", "a fox", {}, vector) for place in reversed(range(20))])
         for found in (store.dense(vector, 30, None, True), store.lexical(["fox"], 30, None)):
-            assert [id for id, _ in found] == [f"{place:02}" for place in range(20)]
+            assert [row.id for row, _ in found] == [f"{place:02}" for place in range(20)]
             assert len({score for _, score in found}) == 1
 
     @pytest.mark.parametrize(
@@ -194,12 +194,12 @@ class StoreConformance:
         ],
     )
     def test_lexical_finds_shared_words_in_every_script(self, store, query, places):
-        assert {id for id, _ in store.lexical(query_terms(query), 99, None)} == ids(places)
+        assert {row.id for row, _ in store.lexical(query_terms(query), 99, None)} == ids(places)
 
     def test_lexical_ranks_as_bm25_does(self, store):
         found = store.lexical(query_terms("green snow"), 99, None)
         # a rare word is worth more twice than once, a short text more than a long one, and all are above zero
-        assert [id for id, _ in found] == ["id 1'", "id 3'", "id 4'"]
+        assert [row.id for row, _ in found] == ["id 1'", "id 3'", "id 4'"]
         scores = [score for _, score in found]
         assert scores == sorted(scores, reverse=True)
         assert min(scores) > 0
@@ -214,9 +214,9 @@ class StoreConformance:
             if all(condition.holds(metadata) for condition in conditions(wanted))
         }
         assert store.count(wanted) == len(expected)
-        assert {id for id, _ in store.dense(rows()[0].vector, 99, wanted, False)} == expected
+        assert {row.id for row, _ in store.dense(rows()[0].vector, 99, wanted, False)} == expected
         everything = query_terms(" ".join(TEXTS))
-        assert {id for id, _ in store.lexical(everything, 99, wanted)} == expected
+        assert {row.id for row, _ in store.lexical(everything, 99, wanted)} == expected
         assert {row.id for part in store.scan(wanted, batch=3, vectors=False, images=False) for row in part} == expected
 
     def test_scan_gives_every_row_once_in_small_lists(self, store):
@@ -233,8 +233,8 @@ class StoreConformance:
         other.lexical(["fox"], 3, None)
         store.upsert([Row("late", "a late fox", {}, rows()[3].vector)])
         assert other.count(None) == len(TEXTS) + 1
-        assert "late" in {id for id, _ in other.lexical(["late"], 3, None)}
-        assert "late" in {id for id, _ in other.dense(rows()[3].vector, 2, None, False)}
+        assert "late" in {row.id for row, _ in other.lexical(["late"], 3, None)}
+        assert "late" in {row.id for row, _ in other.dense(rows()[3].vector, 2, None, False)}
         store.delete(["late"], None)
         assert other.count(None) == len(TEXTS)
 
@@ -242,8 +242,8 @@ class StoreConformance:
         def answers(store):
             return (
                 store.count(None),
-                [id for id, _ in store.dense(rows()[0].vector, 5, {"steps": {"gte": 0}}, True)],
-                sorted(id for id, _ in store.lexical(["fox", "狐"], 9, None)),
+                [row.id for row, _ in store.dense(rows()[0].vector, 5, {"steps": {"gte": 0}}, True)],
+                sorted(row.id for row, _ in store.lexical(["fox", "狐"], 9, None)),
                 store.get(["id 4'"], vectors=False, images=True),
                 store.get(["id 4'"], vectors=False, images=True)[0].image,
             )

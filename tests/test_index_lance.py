@@ -99,15 +99,15 @@ def test_a_large_store_gets_an_ann_index_whose_recall_was_measured(tmp_path, mon
     queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
     shared = [
         len(
-            {id for id, _ in opened.dense(query, 10, None, True)}
-            & {id for id, _ in opened.dense(query, 10, None, False)}
+            {row.id for row, _ in opened.dense(query, 10, None, True)}
+            & {row.id for row, _ in opened.dense(query, 10, None, False)}
         )
         for query in queries
     ]
     assert np.mean(shared) / 10 >= 0.9
     # what came after the index is found at once
     opened.upsert([Row("new", "new", {}, queries[0])])
-    assert opened.dense(queries[0], 1, None, False)[0][0] == "new"
+    assert opened.dense(queries[0], 1, None, False)[0][0].id == "new"
 
 
 def test_damage_is_told_in_one_sentence(tmp_path):
@@ -181,7 +181,7 @@ while True:
     count = store.count(None)
     assert count >= last and count % 20 == 0, (last, count)
     last = count
-    found = [id for id, _ in store.dense(vector, 5, None, False)]
+    found = [row.id for row, _ in store.dense(vector, 5, None, False)]
     assert len(found) == min(5, count) or not count
     assert len(store.get(found, vectors=False, images=True)) == len(found)
     store.lexical(["text", "7"], 5, None)

@@ -196,12 +196,12 @@ def test_words_are_found_in_rows_as_they_are_now(store):
     store.set_info({"dim": 8})
     assert store.lexical(query_terms("fox"), 5, None) == []
     store.upsert(rows(10))
-    assert [found[0] for found in store.lexical(query_terms("number7"), 5, None)] == ["row 7"]
+    assert [row.id for row, _ in store.lexical(query_terms("number7"), 5, None)] == ["row 7"]
     changed = rows(10)[7]
     changed.text = "blue whale"
     store.upsert([changed])
     assert store.lexical(query_terms("number7"), 5, None) == []
-    assert [found[0] for found in store.lexical(query_terms("whale"), 5, None)] == ["row 7"]
+    assert [row.id for row, _ in store.lexical(query_terms("whale"), 5, None)] == ["row 7"]
     assert len(store.lexical(query_terms("狐"), 20, {"style": "a"})) == 5
     store.delete(["row 7"], None)
     assert store.lexical(query_terms("whale"), 5, None) == []
@@ -232,8 +232,8 @@ def test_an_ann_index_is_built_when_there_are_many_rows_and_set_aside_on_demand(
     query = matrix[7] + 0.1
     query /= np.linalg.norm(query)
     expected = [f"row {place}" for place in np.argsort(-(matrix @ query))[:10]]
-    assert [found[0] for found in store.dense(query, 10, None, exact=True)] == expected
-    assert len({found[0] for found in store.dense(query, 10, None, exact=False)} & set(expected)) >= 9
+    assert [row.id for row, _ in store.dense(query, 10, None, exact=True)] == expected
+    assert len({row.id for row, _ in store.dense(query, 10, None, exact=False)} & set(expected)) >= 9
     again = MilvusStore(store.address)
     assert again.stats()["ann"] == "HNSW"
     again.upsert(rows(1, dim=16, start=1000))
@@ -250,7 +250,7 @@ def test_bm25_of_the_server_is_used_where_there_is_one(tmp_path, monkeypatch):
     store.upsert(rows(20))
     monkeypatch.setattr(store, "_words_of_rows", None)
     assert store.stats()["lexical"] == "Milvus BM25"
-    assert [found[0] for found in store.lexical(query_terms("number7"), 5, None)] == ["row 7"]
+    assert [row.id for row, _ in store.lexical(query_terms("number7"), 5, None)] == ["row 7"]
     assert len(store.lexical(query_terms("狐"), 50, {"style": "a"})) == 10
     again = MilvusStore(tmp_path / "index.db")
     assert again.stats()["lexical"] == "Milvus BM25"

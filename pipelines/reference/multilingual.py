@@ -470,10 +470,11 @@ class AlignRecipe:
     seed: int = 0
     options: AlignmentOptions = field(
         default_factory=lambda: AlignmentOptions(
-            token_steps=5000,
-            denoiser_steps=150,
+            token_steps=6000,
+            denoiser_steps=0,
             layers="average",
             train_backbone=True,
+            retrieval_weight=2.0,
             validate_every=500,
             learning_rate=2e-3,
             held_out=128,

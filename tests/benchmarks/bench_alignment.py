@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_alignment.py --encoder ENCODER --prompts prompts.tsv --out runs/alignment --minutes 5
 
 Each row trains the same bridge and backbone from the same seed; how many steps its minutes buy is measured first. The
-cases are the held-out ones that ship. Interrupted, the same command goes on.
+cases are the held-out ones that ship. With `--counts 300,3000`, it is instead the held-out distance by the number of
+different prompts, on the same budget. Interrupted, the same command goes on.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # read when torch and tokenizers are loaded
+
+import numpy as np
 
 from textcond import TextEncoder
 from textcond.folders import read_json, write_json
@@ -27,11 +30,13 @@ ROWS = {
     "token MSE": (1.0, 0.0, {**NONE, "token_weight": 1.0}),
     "pooled InfoNCE": (1.0, 0.0, {**NONE, "contrast_weight": 1.0}),
     "attention": (1.0, 0.0, {**NONE, "attention_weight": 1.0}),
+    "denoiser": (0.0, 1.0, NONE),
     "all without the denoiser": (1.0, 0.0, {}),
     "all": (0.7, 0.3, {}),
     "timestep-aware": (0.7, 0.3, {"bridge": "timestep"}),
 }
 CALIBRATION = 12  # steps
+HELD_OUT = 96  # lines, for the distance by the number of prompts
 
 
 def main() -> None:
@@ -45,6 +50,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, action="append")
     parser.add_argument("--limit", type=int, help="cases of each language")
     parser.add_argument("--languages", nargs="*", help="of the cases; all if left out")
+    parser.add_argument("--counts", type=int, nargs="*", help="of prompts")
     arguments = parser.parse_args()
     pipe = load_reference()
     prompts = arguments.prompts.read_text(encoding="utf-8").splitlines()
@@ -56,15 +62,19 @@ def main() -> None:
         "mixed_precision": "bf16",
         "validate_every": 1_000_000,
     }
+    if arguments.counts:
+        prompts = [prompts[place] for place in np.random.default_rng(0).permutation(len(prompts))]
+        for row in arguments.rows:
+            options = planned(pipe, prompts, row, shared, arguments)
+            for count in arguments.counts:
+                folder, given = arguments.out / f"{row.replace(' ', '-')}-{count}", prompts[HELD_OUT:][:count]
+                aligned(pipe, arguments.encoder, given, folder, options, held_out=prompts[:HELD_OUT])
+                distance = read_json(folder / "alignment.json")["held_out_distance"]
+                print(f"{row}, {len(given)} prompts: distance {distance:.3f}", flush=True)
+        return
     for row in arguments.rows:
-        folder = arguments.out / row.replace(" ", "-")
-        if not (folder / "alignment.json").is_file():
-            steps = planned(pipe, prompts, row, shared, arguments)
-            started = time.process_time()
-            align(pipe, TextEncoder.from_pretrained(arguments.encoder), prompts, folder, steps)
-            print(
-                f"{row}: {steps.token_steps} + {steps.denoiser_steps} steps, {time.process_time() - started:.0f} CPU s"
-            )
+        options = planned(pipe, prompts, row, shared, arguments)
+        aligned(pipe, arguments.encoder, prompts, arguments.out / row.replace(" ", "-"), options)
     for kind in arguments.kind or KINDS:
         cases = read_cases(CASES / f"{kind}.jsonl", arguments.limit)
         report = evaluate_conditioning(
@@ -77,6 +87,14 @@ def main() -> None:
             show_progress_bar=True,
         )
         print(report.save(arguments.out / kind))
+
+
+def aligned(pipe, encoder: str, prompts: list[str], folder: Path, options: AlignmentOptions, **given) -> None:
+    if not (folder / "alignment.json").is_file():
+        started = time.process_time()
+        align(pipe, TextEncoder.from_pretrained(encoder), prompts, folder, options, **given)
+        spent = time.process_time() - started
+        print(f"{folder.name}: {options.token_steps} + {options.denoiser_steps} steps, {spent:.0f} CPU s", flush=True)
 
 
 def planned(pipe, prompts: list[str], row: str, shared: dict, arguments: argparse.Namespace) -> AlignmentOptions:

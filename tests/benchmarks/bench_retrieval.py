@@ -70,15 +70,17 @@ def main() -> None:
 
     pipe = load_reference()
     pipe.set_progress_bar_config(disable=True)
-    index = open_reference_index(retrieval_encoder(pipe))
+    rows = list(open_reference_index().rows())
     if arguments.encoder:
         swap_text_encoder(pipe, arguments.encoder)
-    if arguments.encoder or arguments.index_encoder:
-        other = TextEncoder.from_pretrained(arguments.index_encoder) if arguments.index_encoder else None
-        index = encoded_again(index, other or retrieval_encoder(pipe))
-    elif "foreign" in arguments.prompts:
-        print("foreign prompts are left out: pass --encoder or --index-encoder")
-        arguments.prompts.remove("foreign")
+    if not arguments.encoder and not arguments.index_encoder:
+        rows = [row for row in rows if row.metadata["language"] == "en"]
+        if "foreign" in arguments.prompts:
+            print("foreign prompts are left out: pass --encoder or --index-encoder")
+            arguments.prompts.remove("foreign")
+    searching = TextEncoder.from_pretrained(arguments.index_encoder) if arguments.index_encoder else None
+    index = PromptIndex(searching or retrieval_encoder(pipe))
+    index.add([row.text for row in rows], [row.metadata for row in rows], show_progress_bar=True)
     known = {row.text.casefold() for row in index.rows()}
     made_by = fingerprint(*pipe.components.values())
     shared = Shared(
@@ -145,14 +147,6 @@ def mode(text: str) -> tuple[str, float]:
     if name not in ("expand", "blend"):
         raise argparse.ArgumentTypeError(f"{name!r} changes no picture: choose expand or blend")
     return name, float(strength)
-
-
-def encoded_again(index: PromptIndex, encoder: TextEncoder) -> PromptIndex:
-    """An index of the same captions in another encoder's space."""
-    rows = list(index.rows())
-    again = PromptIndex(encoder)
-    again.add([row.text for row in rows], [row.metadata for row in rows], show_progress_bar=True)
-    return again
 
 
 def misspelled(text: str, generator: random.Random) -> str:

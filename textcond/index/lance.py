@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -131,40 +132,43 @@ class LanceStore:
         with self._told("read"):
             return self._table("rows").count_rows(where)
 
-    def dense(self, vector: np.ndarray, k: int, filter: Filter | None, exact: bool) -> list[tuple[str, float]]:
+    def dense(
+        self, vector: np.ndarray, k: int, filter: Filter | None, exact: bool, *, vectors: bool = False
+    ) -> list[tuple[Row, float]]:
         """The nearest rows by cosine; equal cosines in the order of ids."""
-        return self._dense(vector, k, filter, None if exact else self.info().get("ann"))
+        return self._dense(vector, k, filter, None if exact else self.info().get("ann"), vectors)
 
     def _dense(
-        self, vector: np.ndarray, k: int, filter: Filter | None, ann: dict[str, Any] | None
-    ) -> list[tuple[str, float]]:
-        where = _where(filter)
+        self, vector: np.ndarray, k: int, filter: Filter | None, ann: dict[str, Any] | None, vectors: bool = False
+    ) -> list[tuple[Row, float]]:
         with self._told("read"):
             query = self._table("rows").search(np.asarray(vector, np.float32)).distance_type("cosine")
             if ann is None:
                 query = query.bypass_vector_index()
             else:
-                query = query.nprobes(ann["nprobes"]).refine_factor(ann["refine_factor"])
-            if where:
-                query = query.where(where)
-            found = query.select(["id", "_distance"]).limit(k).to_arrow()
-        pairs = zip(found["id"].to_pylist(), found["_distance"].to_pylist())
-        return sorted(((id, 1 - distance) for id, distance in pairs), key=lambda pair: (-pair[1], pair[0]))
+                # the factor is for ten rows: of more, as many are compared by their whole vectors anyway
+                query = query.nprobes(ann["nprobes"]).refine_factor(math.ceil(10 * ann["refine_factor"] / max(k, 10)))
+            found = self._found(query, "_distance", k, filter, vectors)
+        return sorted(((row, 1 - distance) for row, distance in found), key=lambda pair: (-pair[1], pair[0].id))
 
-    def lexical(self, tokens: Sequence[str], k: int, filter: Filter | None) -> list[tuple[str, float]]:
+    def lexical(
+        self, tokens: Sequence[str], k: int, filter: Filter | None, *, vectors: bool = False
+    ) -> list[tuple[Row, float]]:
         """The rows of largest BM25; equal scores in the order of ids."""
         from lancedb.query import MatchQuery
 
         if not tokens:
             return []
-        where = _where(filter)
         with self._told("read"):
             query = self._table("rows").search(MatchQuery(" ".join(tokens), "words"), query_type="fts")
-            if where:
-                query = query.where(where)
-            found = query.select(["id", "_score"]).limit(k).to_arrow()
-        pairs = zip(found["id"].to_pylist(), found["_score"].to_pylist())
-        return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+            found = self._found(query, "_score", k, filter, vectors)
+        return sorted(found, key=lambda pair: (-pair[1], pair[0].id))
+
+    def _found(self, query: Any, score: str, k: int, filter: Filter | None, vectors: bool) -> list[tuple[Row, float]]:
+        if where := _where(filter):
+            query = query.where(where)
+        content = query.select([*_columns(vectors), score]).limit(k).to_arrow()
+        return list(zip(self._rows(content, False), content[score].to_pylist()))
 
     def get(self, ids: Sequence[str], *, vectors: bool, images: bool) -> list[Row]:
         """The rows that are there, in the order of `ids`."""
@@ -318,12 +322,12 @@ class LanceStore:
         if not any("vector" in index.columns for index in table.list_indices()):
             table.create_index("vector", config=IvfSq(distance_type="cosine"))
         sample = self._queries(100)
-        exact = [{id for id, _ in self.dense(vector, 10, None, exact=True)} for vector in sample]
+        exact = [{row.id for row, _ in self.dense(vector, 10, None, exact=True)} for vector in sample]
         nprobes, recall = 8, 0.0
         while recall < RECALL and nprobes < 4096:
             nprobes *= 2
             ann = {"kind": "IVF_SQ", "nprobes": nprobes, "refine_factor": 4}
-            found = [{id for id, _ in self._dense(vector, 10, None, ann)} for vector in sample]
+            found = [{row.id for row, _ in self._dense(vector, 10, None, ann)} for vector in sample]
             recall = float(np.mean([len(one & other) / len(one) for one, other in zip(exact, found)]))
         self.set_info(self.info() | {"ann": ann | {"recall": round(recall, 4)}})
 

@@ -152,7 +152,9 @@ class MilvusStore:
         with self._errors():
             return self._count(_expression(filter), "Strong")
 
-    def dense(self, vector: np.ndarray, k: int, filter: Filter | None, exact: bool) -> list[tuple[str, float]]:
+    def dense(
+        self, vector: np.ndarray, k: int, filter: Filter | None, exact: bool, *, vectors: bool = False
+    ) -> list[tuple[Row, float]]:
         """The k rows of largest cosine to a unit vector `(dim,)`, best first.
 
         Raises:
@@ -162,10 +164,12 @@ class MilvusStore:
         expression = _expression(filter)
         with self._errors():
             if exact and self._index_type() != "FLAT":
-                return self._scan_nearest(vector, k, expression)
-            return self._nearest(vector, k, expression, self._ef)
+                return self._rows_of(self._scan_nearest(vector, k, expression), vectors)
+            return self._nearest(vector, k, expression, self._ef, vectors)
 
-    def lexical(self, tokens: Sequence[str], k: int, filter: Filter | None) -> list[tuple[str, float]]:
+    def lexical(
+        self, tokens: Sequence[str], k: int, filter: Filter | None, *, vectors: bool = False
+    ) -> list[tuple[Row, float]]:
         """The k rows of largest BM25 among those that share a token, best first.
 
         Raises:
@@ -176,8 +180,8 @@ class MilvusStore:
             return []
         with self._errors():
             if self._stores_words:
-                return self._search(" ".join(tokens), "sparse", k, _expression(filter), {})
-            return self._lexical_in_memory(tokens, k, _expression(filter))
+                return self._search(" ".join(tokens), "sparse", k, _expression(filter), {}, vectors)
+            return self._rows_of(self._lexical_in_memory(tokens, k, _expression(filter)), vectors)
 
     def get(self, ids: Sequence[str], *, vectors: bool, images: bool) -> list[Row]:
         """The rows that are there, in the order of `ids`."""
@@ -315,7 +319,7 @@ class MilvusStore:
     def _load(self) -> None:
         self._client.load_collection(self._collection, timeout=BUILD_SECONDS)
 
-    def _tune(self, queries: np.ndarray, nearest: list[list[tuple[str, float]]]) -> None:
+    def _tune(self, queries: np.ndarray, nearest: list[list[tuple[Row, float]]]) -> None:
         """Keep the smallest `ef` that finds enough of the nearest rows."""
         for ef in EFS:
             found = [self._nearest(query, 10, "", ef) for query in queries]
@@ -401,24 +405,29 @@ class MilvusStore:
         return int(found[0]["count(*)"])
 
     def _search(
-        self, query: list[float] | str, field: str, k: int, expression: str, parameters: dict[str, Any]
-    ) -> list[tuple[str, float]]:
+        self, query: list[float] | str, field: str, k: int, expression: str, parameters: dict[str, Any], vectors: bool
+    ) -> list[tuple[Row, float]]:
         found = self._client.search(
             self._collection,
             data=[query],
             anns_field=field,
             limit=k,
             filter=expression,
+            output_fields=_fields(vectors, False),
             search_params={"params": parameters},
             consistency_level="Session",
             timeout=CALL_SECONDS,
         )
-        return [(unquote(hit["id"]), float(hit["distance"])) for hit in found[0]]
+        return [(_row(hit["entity"] | {"id": unquote(hit["id"])}), float(hit["distance"])) for hit in found[0]]
 
-    def _nearest(self, vector: Any, k: int, expression: str, ef: int) -> list[tuple[str, float]]:
+    def _nearest(self, vector: Any, k: int, expression: str, ef: int, vectors: bool = False) -> list[tuple[Row, float]]:
         query = np.asarray(vector, np.float32).tolist()
-        found = self._search(query, "vector", k, expression, {"ef": max(ef, k)} if ef else {})
-        return sorted(found, key=lambda pair: (-pair[1], pair[0]))
+        found = self._search(query, "vector", k, expression, {"ef": max(ef, k)} if ef else {}, vectors)
+        return sorted(found, key=lambda pair: (-pair[1], pair[0].id))
+
+    def _rows_of(self, ranked: list[tuple[str, float]], vectors: bool) -> list[tuple[Row, float]]:
+        rows = {row.id: row for row in self.get([row_id for row_id, _ in ranked], vectors=vectors, images=False)}
+        return [(rows[row_id], score) for row_id, score in ranked if row_id in rows]
 
     def _scan_nearest(self, vector: np.ndarray, k: int, expression: str) -> list[tuple[str, float]]:
         best: list[tuple[str, float]] = []

@@ -254,15 +254,16 @@ class PromptIndex:
         vector, tokens = self._asked(query, id, mode)
         wanted = k if diversity == 0 else max(4 * k, 20)
         depth = max(50, 3 * wanted) + (id is not None)
+        varied = diversity > 0
         while True:
-            dense = [] if vector is None else self.store.dense(vector, depth, filter, exact=False)
-            lexical = [] if tokens is None else self.store.lexical(tokens, depth, filter)
-            hits, vectors = self._hits(dense, lexical, wanted, id, collapse, diversity > 0)
+            dense = [] if vector is None else self.store.dense(vector, depth, filter, exact=False, vectors=varied)
+            lexical = [] if tokens is None else self.store.lexical(tokens, depth, filter, vectors=varied)
+            hits, vectors = self._hits(dense, lexical, wanted, id, collapse)
             exhausted = len(dense) < depth and len(lexical) < depth
             if len(hits) >= wanted or exhausted or depth > 16 * max(50, 3 * wanted):
                 break
             depth *= 4  # many near-duplicates
-        if diversity > 0:
+        if varied:
             chosen = maximal_marginal_relevance(np.array([hit.score for hit in hits]), vectors, k, diversity)
             hits = [hits[place] for place in chosen]
         return hits[:k]
@@ -449,34 +450,32 @@ class PromptIndex:
 
     def _hits(
         self,
-        dense: list[tuple[str, float]],
-        lexical: list[tuple[str, float]],
+        dense: list[tuple[Row, float]],
+        lexical: list[tuple[Row, float]],
         k: int,
         asked: str | None,
         collapse: bool,
-        with_vectors: bool,
     ) -> tuple[list[Hit], np.ndarray]:
-        """Fuse what was found, read the rows and leave near-duplicates out, until there are k."""
+        """Fuse what was found and leave near-duplicates out, until there are k; with the vectors of those."""
+        rows = {row.id: row for row, _ in (*dense, *lexical)}
+        dense_ranks = {row.id: rank for rank, (row, _) in enumerate(dense, start=1)}
+        lexical_ranks = {row.id: rank for rank, (row, _) in enumerate(lexical, start=1)}
         if dense and lexical:
-            ranked = reciprocal_rank_fusion([[id for id, _ in dense], [id for id, _ in lexical]])
+            ranked = reciprocal_rank_fusion([list(dense_ranks), list(lexical_ranks)])
         else:
-            ranked = dense or lexical
-        ranked = [(id, score) for id, score in ranked if id != asked]
-        dense_ranks = {id: rank for rank, (id, _) in enumerate(dense, start=1)}
-        lexical_ranks = {id: rank for rank, (id, _) in enumerate(lexical, start=1)}
+            ranked = [(row.id, score) for row, score in dense or lexical]
         near, hits, vectors = NearTexts(), [], []
-        at = 0
-        while at < len(ranked) and len(hits) < k:
-            # twice as many as are missing: a few are usually left out
-            part = dict(ranked[at : at + 2 * (k - len(hits))])
-            at += len(part)
-            for row in self.store.get(list(part), vectors=with_vectors, images=False):
-                if len(hits) < k and (not collapse or near.add(row.text)):
-                    hit = self._hit(row)
-                    hit.score = part[row.id]
-                    hit.dense_rank, hit.lexical_rank = dense_ranks.get(row.id), lexical_ranks.get(row.id)
-                    hits.append(hit)
-                    vectors.append(row.vector)
+        for id, score in ranked:
+            row = rows[id]
+            if id == asked or (collapse and not near.add(row.text)):
+                continue
+            hit = self._hit(row)
+            hit.score = score
+            hit.dense_rank, hit.lexical_rank = dense_ranks.get(id), lexical_ranks.get(id)
+            hits.append(hit)
+            vectors.append(row.vector)
+            if len(hits) == k:
+                break
         return hits, np.array(vectors)
 
     def _hit(self, row: Row) -> Hit:

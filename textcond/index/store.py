@@ -58,12 +58,19 @@ class Store(Protocol):
         """How many rows pass the filter."""
         ...
 
-    def dense(self, vector: np.ndarray, k: int, filter: Filter | None, exact: bool) -> list[tuple[str, float]]:
-        """The k rows of largest cosine to a unit vector `(dim,)`, best first; `exact` sets an ANN index aside."""
+    def dense(
+        self, vector: np.ndarray, k: int, filter: Filter | None, exact: bool, *, vectors: bool = False
+    ) -> list[tuple[Row, float]]:
+        """The k rows of largest cosine to a unit vector `(dim,)`, best first; `exact` sets an ANN index aside.
+
+        Rows come without pictures, and without vectors unless asked for.
+        """
         ...
 
-    def lexical(self, tokens: Sequence[str], k: int, filter: Filter | None) -> list[tuple[str, float]]:
-        """The k rows of largest BM25 among those that share a token, best first.
+    def lexical(
+        self, tokens: Sequence[str], k: int, filter: Filter | None, *, vectors: bool = False
+    ) -> list[tuple[Row, float]]:
+        """The k rows of largest BM25 among those that share a token, best first; rows as `dense` gives them.
 
         Tokens are the `textcond.index.lexical.query_terms` of a query, all different; a store keeps the
         `document_terms` of the rows' texts.
