@@ -370,7 +370,7 @@ def test_the_recipe_runs_whole_and_what_is_finished_stays(built, teacher, data, 
 
 
 def test_alignment_reads_no_held_out_combination_and_every_aligned_language(built, data):
-    lines = alignment_prompts(built, read_concepts(data), AlignRecipe(concepts=8))
+    lines = alignment_prompts(built, read_concepts(data), AlignRecipe(concepts=8, general=0.0))
     captions = [line.split("\t")[0] for line in lines]
     assert any("\t猫" in line for line in lines)
     assert not any("묘" in line for line in lines)
@@ -380,6 +380,8 @@ def test_alignment_reads_no_held_out_combination_and_every_aligned_language(buil
         words = re.fullmatch(r"(.+), (\w+) style, on an? (\w+) background", text)
         assert not is_held_out(*words.groups())
     assert not any(re.match(rf"{name}\b", text) for name in HELD_OUT for text in said)
+    assert any(re.search(r"\t.*(soft light|very detailed).*\bcat\b", line) for line in lines)
+    assert not any("very detailed" in text and "cat" in text for text in captions)
 
 
 def test_distillation_draws_the_student_to_the_teacher(built, teacher, tokenizer, tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,7 @@ from .phrases import ALIGNED, UNSEEN, build_phrases, digest, foreign_caption, ke
 STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune", "align", "pictures", "ship")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the order of XLM-R
 TEACHER_BLOCK = 4096
+MOST_ADDED = 80  # words, with which a caption is as long as the student reads
 
 
 # -- teacher ---------------------------------------------------------------------------------------------------------
@@ -458,6 +460,8 @@ class AlignRecipe:
         concepts: how many of the reference data's concepts the denoiser was taught.
         translations: of each caption, in languages `ALIGNED` drawn anew.
         names: of each caption's concept, in further languages drawn anew; the rest of the caption stays English.
+        modified: of each caption, among modifiers that the teacher does not read: its own encoder takes them for what
+            is to be drawn, and loses the caption if they come first or are many.
         general: share of lines from `prompts.tsv`.
         anchors: lines of `distil.txt` whose vectors are to stay.
     """
@@ -465,6 +469,7 @@ class AlignRecipe:
     concepts: int = 300
     translations: int = 3
     names: int = 1
+    modified: int = 3
     general: float = 0.25
     anchors: int = 300_000
     seed: int = 0
@@ -490,6 +495,7 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
     """
     rng = np.random.default_rng(recipe.seed)
     drawn = concepts[: recipe.concepts]
+    modifiers = (phrases / "modifiers.txt").read_text(encoding="utf-8").splitlines()
     hidden = {key(name) for concept in drawn if is_held_out_concept(concept.name) for name in concept.names.values()}
     lines: list[str] = []
     for concept in drawn:
@@ -508,6 +514,9 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
                 lines.append(f"{english}\t{foreign_caption(names[language], language, style, colour)}")
             for language in rng.permutation(further)[: recipe.names]:
                 lines.append(f"{english}\t{caption(concept, style, colour, words=names[language])}")
+            for language in rng.choice(["en", *aligned], recipe.modified if modifiers else 0):
+                said = english if language == "en" else foreign_caption(names[language], language, style, colour)
+                lines.append(f"{english}\t{modified(said, modifiers, rng)}")
         if len(concept.keywords) > 1:
             for style in STYLES:
                 words = ", ".join(rng.permutation(concept.keywords)[: int(rng.integers(1, 4))])
@@ -516,6 +525,16 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
     count = min(len(others), round(len(lines) * recipe.general / (1 - recipe.general)))
     lines += [others[place] for place in rng.permutation(len(others))[:count]]
     return [lines[place] for place in rng.permutation(len(lines))]
+
+
+def modified(text: str, modifiers: Sequence[str], rng: np.random.Generator) -> str:
+    """A text with up to `MOST_ADDED` words of modifiers before and after it, mostly few."""
+    missing, added = math.exp(rng.uniform(0, math.log(MOST_ADDED))), []
+    while missing > 0:
+        added.append(modifiers[rng.integers(len(modifiers))])
+        missing -= len(added[-1].split())
+    place = rng.integers(len(added) + 1)
+    return ", ".join([*added[:place], text, *added[place:]])
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
@@ -554,8 +573,8 @@ def build_multilingual(
         teacher: a BERT-like text encoder.
         packages: for stage "phrases", see `build_phrases`.
         data: for stages "phrases", "align", "pictures" and "ship", the reference data.
-        start: an encoder that an earlier run shipped, to train on: its vocabulary, layers and bridge are kept, and
-            stage "vocabulary" is not needed. None starts from the teacher's layers and a new bridge.
+        start: an encoder that an earlier run shipped, to train on: its vocabulary, layers, bridge and image tower are
+            kept, and stage "vocabulary" is not needed. None starts from the teacher's layers and a new bridge.
         pipeline: for stage "align", what the encoder is to condition; None for the reference model.
         recipe: the options.
 
@@ -614,10 +633,10 @@ def build_multilingual(
     if "pictures" in stages and not (out / "pictures" / IMAGE_FOLDER).is_dir():
         _need(out / "aligned" / "alignment.json", "align")
         drawings, encoder = ReferenceData.load(data), TextEncoder.from_pretrained(out / "aligned")
+        tower = load_image_tower(Path(start or REFERENCE / "text_encoder"))
         tower = train_image_tower(
-            encoder, load_image_tower(REFERENCE / "text_encoder"), drawings, out / "pictures", indexed(drawings),
-            recipe.pictures, accelerator,
-        )  # fmt: skip
+            encoder, tower, drawings, out / "pictures", indexed(drawings), recipe.pictures, accelerator
+        )
         if accelerator.is_main_process:
             tower.save_pretrained(out / "pictures" / IMAGE_FOLDER)
         accelerator.wait_for_everyone()

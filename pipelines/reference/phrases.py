@@ -403,6 +403,7 @@ def build_phrases(
     - `distil.txt`: what distillation reads, in the same form, in all languages.
     - `pairs.jsonl`: what contrastive fine-tuning reads: `{"query": ..., "pos": [...]}`. One pair in five is left
       out by `is_held_out_pair`, for tests.
+    - `modifiers.txt`: what people add to prompts, for captions to be read among it.
     - `names.tsv`: `language<TAB>name<TAB>english` of the held-out characters in every language, and of all characters
       in English, for tests.
     - `report.json`: lines by source and by language.
@@ -446,6 +447,9 @@ def build_phrases(
             lines.write(folder / name, seed)
         with (folder / "names.tsv").open("w", encoding="utf-8") as file:
             file.writelines("\t".join(row) + "\n" for row in _names(found))
+        added = SOURCES["modifiers"](found) if "modifiers" in sources else ()
+        lines = [phrase.english + "\n" for phrase in _clean(added)]
+        (folder / "modifiers.txt").write_text("".join(lines), encoding="utf-8")
         write_json(folder / "report.json", {lines.name: lines.report() for lines in (prompts, distil, pairs)})
     return Path(out)
 
