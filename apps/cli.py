@@ -253,7 +253,7 @@ def studio(
         str | None, typer.Option(metavar="PATH", help="Where a proxy serves it, such as /studio.")
     ] = None,
     mcp: Annotated[
-        bool, typer.Option("--mcp", help="Offer the API as tools over MCP too (pip install 'textcond[mcp]').")
+        bool, typer.Option("--mcp", help="Offer the API as tools over MCP too (pip install 'textcond\\[mcp]').")
     ] = False,
 ) -> None:
     """Draw and find in the browser, side by side."""
@@ -267,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         app(arguments, prog_name="textcond")
     except KeyboardInterrupt:
+        _note("interrupted")
         sys.exit(130)
     except Exception as error:
         if debugging():

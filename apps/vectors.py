@@ -129,6 +129,8 @@ def read_lines(path: str | Path) -> Iterator[str]:
         FileNotFoundError: there is no such file.
         ValueError: a line is not UTF-8 (its number is named).
     """
+    if str(path) != "-" and not Path(path).exists():
+        raise FileNotFoundError(f"no file {path}: give a text file with a text a line, or - for standard input")
     file = sys.stdin.buffer if str(path) == "-" else open(path, "rb")  # noqa: SIM115
     with file:
         for number, line in enumerate(file, start=1):

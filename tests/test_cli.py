@@ -256,7 +256,7 @@ def test_encode_reads_lines_from_a_file_and_from_standard_input(run, demo, tmp_p
         (["a", "-o", "v.csv"], "end it in .npy"),
         (["a", "-o", "none/v.npy"], "make it first"),
         (["a", "--model", "{demo}/none"], "none"),
-        (["--file", "none.txt"], "No such file or directory: none.txt"),
+        (["--file", "none.txt"], "no file none.txt: give a text file"),
         (["--file", "empty.txt"], "there is no text to encode"),
     ],
 )

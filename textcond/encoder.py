@@ -446,6 +446,7 @@ class TextEncoder(nn.Module):
             elif _model_type(folder) == "textcond_conditioning":
                 from .conditioning import ConditioningEncoder
 
+                check_weights(folder)
                 face = ConditioningEncoder.from_pretrained(folder, dtype=dtype).text_encoder
                 backbone, projection, tokenizer, config = face.backbone, face.projection, face.tokenizer, face.config
                 heads = face.heads

@@ -462,6 +462,8 @@ class AlignRecipe:
         names: of each caption's concept, in further languages drawn anew; the rest of the caption stays English.
         modified: of each caption, among modifiers that the teacher does not read: its own encoder takes them for what
             is to be drawn, and loses the caption if they come first or are many.
+        leave_out: the concepts that the cases "dictionary" and "unseen" ask for; False for an encoder that is to draw
+            all that the denoiser can, of which these cases then tell nothing.
         general: share of lines from `prompts.tsv`.
         anchors: lines of `distil.txt` whose vectors are to stay.
     """
@@ -470,6 +472,7 @@ class AlignRecipe:
     translations: int = 3
     names: int = 1
     modified: int = 3
+    leave_out: bool = False
     general: float = 0.25
     anchors: int = 300_000
     seed: int = 0
@@ -491,15 +494,16 @@ class AlignRecipe:
 def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignRecipe) -> list[str]:
     """Lines of `english TAB other`: captions of what the denoiser knows in all aligned languages, and other phrases.
 
-    Held-out concepts and held-out combinations of style and colour have no caption.
+    Held-out combinations of style and colour have no caption, nor with `leave_out` have held-out concepts.
     """
     rng = np.random.default_rng(recipe.seed)
     drawn = concepts[: recipe.concepts]
     modifiers = (phrases / "modifiers.txt").read_text(encoding="utf-8").splitlines()
-    hidden = {key(name) for concept in drawn if is_held_out_concept(concept.name) for name in concept.names.values()}
+    left_out = [concept for concept in drawn if recipe.leave_out and is_held_out_concept(concept.name)]
+    hidden = {key(name) for concept in left_out for name in concept.names.values()}
     lines: list[str] = []
     for concept in drawn:
-        if is_held_out_concept(concept.name):
+        if concept in left_out:
             continue
         names = {language: name for language, name in concept.names.items() if key(name) not in hidden}
         aligned = sorted(language for language in names if language in ALIGNED)

@@ -109,7 +109,9 @@ class PromptIndex:
             ValueError: for another encoder or a newer version.
         """
         if not _is_address(path) and not Path(path).expanduser().exists():
-            raise FileNotFoundError(f"there is no index at {path}: check the path, or make one with PromptIndex.create")
+            raise FileNotFoundError(
+                f"there is no index at {path}: check the path, or make one (PromptIndex.create, textcond index build)"
+            )
         index = cls.__new__(cls)
         index._prepare(store_at(path), path, encoder)
         if not index._info:
