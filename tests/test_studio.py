@@ -46,6 +46,7 @@ def test_encoders_nearby_are_found_and_other_folders_are_not(demo, tmp_path):
 
 def test_the_first_free_port_is_taken():
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of before may be closing
         try:
             taken.bind(("127.0.0.1", FIRST_PORT))
             taken.listen()
