@@ -184,10 +184,7 @@ def inspect(
 @app.command()
 def encode(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; - reads lines from standard input.")] = None,
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", metavar="FOLDER|ID", help="Text encoder; native is the reference model's own."),
-    ] = MULTILINGUAL,
+    encoder: index.EncoderOption = MULTILINGUAL,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", metavar="FILE", help="UTF-8 file, one text a line.")
     ] = None,
@@ -201,7 +198,7 @@ def encode(
         ),
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(help="query or document: puts the model's prompt before each text.")
+        str | None, typer.Option(help="query or document: puts the encoder's prompt before each text.")
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -218,10 +215,10 @@ def encode(
         quiet_libraries()
         from .loading import load_text_encoder
 
-        encoder = load_text_encoder(model, device=device, dtype=dtype)
+        loaded = load_text_encoder(encoder, device=device, dtype=dtype)
         progress.update(task, description="encoding")
         for chunk in chunks(stream, ENCODE_CHUNK):
-            vectors = encoder.encode(chunk, kind=kind)
+            vectors = loaded.encode(chunk, kind=kind)
             writer.add(chunk, vectors)
             rows, dim = rows + len(chunk), vectors.shape[1]
             progress.update(task, completed=rows)

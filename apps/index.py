@@ -230,6 +230,9 @@ def search(
     if as_json:
         print(json.dumps([_as_json(hit) for hit in hits], ensure_ascii=False, indent=2))
         return
+    if not hits:
+        print("textcond: nothing found", file=sys.stderr)
+        return
     from rich.console import Console
 
     console = Console()
@@ -375,6 +378,8 @@ def _feed(made: PromptIndex, path: str, sources: list[Path], feeding: Feeding) -
         show_progress_bar=sys.stderr.isatty(),
         **options,
     )
+    if not report.read and not len(made):
+        raise ValueError(f"{path} is still empty, no row of {', '.join(map(str, sources))} could be used: {report}")
     print(f"{path}: {report}")
 
 

@@ -226,7 +226,7 @@ def test_inspect_shows_the_contract_of_each_slot(run, demo):
 def test_encode_writes_the_vectors_of_the_encoder(run, demo, suffix):
     texts = ["red fox", "", "ثعلب أحمر", "🦊"]
     output = [] if suffix == "stdout" else ["-o", f"v.{suffix}"]
-    code, out, _ = run("encode", *texts, "--model", demo.encoder, *output)
+    code, out, _ = run("encode", *texts, "--encoder", demo.encoder, *output)
     assert code == 0
     if suffix == "npy":
         vectors = np.load("v.npy")
@@ -242,9 +242,9 @@ def test_encode_writes_the_vectors_of_the_encoder(run, demo, suffix):
 def test_encode_reads_lines_from_a_file_and_from_standard_input(run, demo, tmp_path, monkeypatch):
     lines = [f"text {number}" for number in range(1500)]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
-    assert run("encode", "--file", "lines.txt", "--model", demo.encoder, "-o", "a.npy")[0] == 0
+    assert run("encode", "--file", "lines.txt", "--encoder", demo.encoder, "-o", "a.npy")[0] == 0
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
-    assert run("encode", "-", "--model", demo.encoder, "-o", "b.npy")[0] == 0
+    assert run("encode", "-", "--encoder", demo.encoder, "-o", "b.npy")[0] == 0
     np.testing.assert_array_equal(np.load("a.npy"), np.load("b.npy"))
     expected = TextEncoder.from_pretrained(demo.encoder).encode(lines)
     np.testing.assert_allclose(np.load("a.npy"), expected, atol=1e-6)
@@ -255,14 +255,14 @@ def test_encode_reads_lines_from_a_file_and_from_standard_input(run, demo, tmp_p
     [
         (["a", "-o", "v.csv"], "end it in .npy"),
         (["a", "-o", "none/v.npy"], "make it first"),
-        (["a", "--model", "{demo}/none"], "none"),
+        (["a", "--encoder", "{demo}/none"], "none"),
         (["--file", "none.txt"], "no file none.txt: give a text file"),
         (["--file", "empty.txt"], "there is no text to encode"),
     ],
 )
 def test_what_cannot_be_encoded_is_told_in_one_line(run, demo, tmp_path, arguments, message):
     (tmp_path / "empty.txt").touch()
-    model = [] if "--model" in arguments else ["--model", demo.encoder]
+    model = [] if "--encoder" in arguments else ["--encoder", demo.encoder]
     code, _, err = run("encode", *(argument.format(demo=demo.root) for argument in arguments), *model)
     assert code == 1
     assert _is_one_error_line(err)
@@ -271,7 +271,7 @@ def test_what_cannot_be_encoded_is_told_in_one_line(run, demo, tmp_path, argumen
 
 
 def test_ctrl_c_ends_with_code_130_and_leaves_nothing(demo, tmp_path):
-    arguments = ["encode", "-", "--model", demo.encoder, "-o", str(tmp_path / "v.npy")]
+    arguments = ["encode", "-", "--encoder", demo.encoder, "-o", str(tmp_path / "v.npy")]
     process = subprocess.Popen(
         [*COMMAND, *arguments],
         stdin=subprocess.PIPE,
@@ -291,7 +291,7 @@ def test_ctrl_c_ends_with_code_130_and_leaves_nothing(demo, tmp_path):
 
 
 def test_a_reader_that_goes_away_is_no_error(demo):
-    encode = [*COMMAND, "encode", *(["fox"] * 2000), "--model", demo.encoder]
+    encode = [*COMMAND, "encode", *(["fox"] * 2000), "--encoder", demo.encoder]
     process = subprocess.Popen(encode, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()

@@ -88,6 +88,18 @@ def test_building_twice_says_what_adds(run, rows, encoder, built):
     assert "textcond index add" in err
 
 
+def test_sources_without_a_row_are_an_error_and_the_mended_ones_go_into_the_same_index(run, rows, encoder, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff\n")
+    code, out, err = run("index", "build", "idx", "bad.txt", "--encoder", encoder)
+    assert (code, out) == (1, "")
+    assert "idx is still empty, no row of bad.txt could be used: 0 rows added" in err
+    assert "not UTF-8" in err
+    assert run("index", "build", "idx", rows, "--encoder", encoder)[:2] == (
+        0,
+        "idx: 3 rows added, 0 were there already\n",
+    )
+
+
 def test_a_build_that_was_stopped_is_taken_up_by_the_same_command(run, rows, encoder, monkeypatch, tmp_path):
     add = PromptIndex.add
 
@@ -293,6 +305,11 @@ def test_search_obeys_filters(run, built, filters, places):
     options = [option for text in filters for option in ("--filter", text)]
     hits = json.loads(run("search", "fox", "-i", built, "--mode", "dense", *options, "--json")[1])
     assert {hit["text"] for hit in hits} == {ROWS[place]["text"] for place in places}
+
+
+def test_a_search_that_finds_nothing_says_so(run, built):
+    assert run("search", "fox", "-i", built, "--filter", "style=oil") == (0, "", "textcond: nothing found\n")
+    assert run("search", "fox", "-i", built, "--filter", "style=oil", "--json")[:2] == (0, "[]\n")
 
 
 def test_filters_are_read_as_values_lists_and_bounds():

