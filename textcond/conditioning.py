@@ -159,6 +159,12 @@ class ConditioningEncoderConfig(PretrainedConfig):
         self.heads = heads or {}
         self.original = original
 
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration without the place that the backbone was loaded from, which is nobody else's."""
+        content = super().to_dict()
+        content["text_config"].pop("_name_or_path", None)
+        return content
+
 
 class _TextModel(nn.Module):
     """Where stock pipelines look for the layer norm that `clip_skip` needs, here already applied, and for a dtype."""
