@@ -46,7 +46,7 @@ from textcond.pipelines.reference.multilingual import (
     teacher_vectors,
     train_vocabulary,
 )
-from textcond.pipelines.reference.phrases import build_phrases, foreign_caption, read_phrases
+from textcond.pipelines.reference.phrases import REWORDED, build_phrases, foreign_caption, read_phrases, reworded
 
 ANIMALS = ["cat", "dog", "lion", "fox", "owl", "bear", "duck", "frog", "snail", "horse", "mouse", "rabbit", "whale"]
 HELD_OUT = [name for name in ANIMALS if is_held_out_concept(name)]
@@ -197,6 +197,18 @@ def test_a_translation_record_gives_summary_and_first_words():
     record = "Package: x\nDescription-md5: 12\nDescription-de: Ein Spiel\n Mit vielen\n .\n Worten.\n"
     assert list(phrases._descriptions(record)) == [("12", ("Ein Spiel", "Mit vielen Worten."))]
 
+
+COLOUR_IN = {
+    "ja": "青い",
+    "de": "blauem",
+    "fr": "bleu",
+    "es": "azul",
+    "pt": "azul",
+    "zh": "蓝色",
+    "ru": "синем",
+    "ar": "زرقاء",
+    "hi": "नीली",
+}
 
 # -- the recipe ------------------------------------------------------------------------------------------------------
 
@@ -382,6 +394,20 @@ def test_alignment_reads_no_held_out_combination_and_every_aligned_language(buil
     assert not any(re.match(rf"{name}\b", text) for name in HELD_OUT for text in said)
     assert any(re.search(r"\t.*(soft light|very detailed).*\bcat\b", line) for line in lines)
     assert not any("very detailed" in text and "cat" in text for text in captions)
+    assert any(re.search(r"\t.+(スタイルの|風の|背景の)", line) for line in lines)
+
+
+@pytest.mark.parametrize("language", REWORDED)
+def test_a_caption_in_other_words_says_what_it_is_given_and_no_more(language):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        said = reworded("NAME", language, "noto", "blue", rng)
+        colour = COLOUR_IN.get(language, "blue")
+        assert all(said.count(word) == 1 for word in ("NAME", "noto", colour))
+        bare = reworded("NAME", language, None, None, rng)
+        assert "NAME" in bare
+        assert not any(word in bare for word in ("{", "|", "None", "noto", colour))
+        assert said == said.strip(" ,、،")
 
 
 def test_distillation_draws_the_student_to_the_teacher(built, teacher, tokenizer, tmp_path):

@@ -43,7 +43,7 @@ from . import REFERENCE, load_reference
 from .build import build_index
 from .data import COLOURS, STYLES, Concept, ReferenceData, caption, is_held_out, is_held_out_concept, read_concepts
 from .image_tower import TowerRecipe, train_image_tower
-from .phrases import ALIGNED, UNSEEN, build_phrases, digest, foreign_caption, key, read_phrases
+from .phrases import ALIGNED, UNSEEN, build_phrases, digest, foreign_caption, key, read_phrases, reworded
 
 STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune", "align", "pictures", "ship")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the order of XLM-R
@@ -462,6 +462,8 @@ class AlignRecipe:
         names: of each caption's concept, in further languages drawn anew; the rest of the caption stays English.
         modified: of each caption, among modifiers that the teacher does not read: its own encoder takes them for what
             is to be drawn, and loses the caption if they come first or are many.
+        reworded: of each caption, in other words or another order, see `REWORDED`; the teacher reads the caption, since
+            its encoder was taught no other form.
         leave_out: the concepts that the cases "dictionary" and "unseen" ask for; False for an encoder that is to draw
             all that the denoiser can, of which these cases then tell nothing.
         general: share of lines from `prompts.tsv`.
@@ -472,6 +474,7 @@ class AlignRecipe:
     translations: int = 3
     names: int = 1
     modified: int = 3
+    reworded: int = 2
     leave_out: bool = False
     general: float = 0.25
     anchors: int = 300_000
@@ -521,6 +524,9 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
             for language in rng.choice(["en", *aligned], recipe.modified if modifiers else 0):
                 said = english if language == "en" else foreign_caption(names[language], language, style, colour)
                 lines.append(f"{english}\t{modified(said, modifiers, rng)}")
+            for language in rng.choice(["en", *aligned], recipe.reworded):
+                name = concept.name if language == "en" else names[language]
+                lines.append(f"{english}\t{reworded(name, language, style, colour, rng)}")
         if len(concept.keywords) > 1:
             for style in STYLES:
                 words = ", ".join(rng.permutation(concept.keywords)[: int(rng.integers(1, 4))])

@@ -107,6 +107,71 @@ def foreign_caption(name: str, language: str, style: str | None = None, colour: 
     return text
 
 
+# Other ways to say a caption; of what stands between bars, a part whose field has no value is left out.
+REWORDED: dict[str, tuple[str, ...]] = {
+    "en": (
+        "{style} style |{name}|, {colour} background",
+        "{colour} background, |{name}|, {style}",
+        "a picture of {name}| in {style} style| with {colour} background",
+        "draw {name}| on {colour}|, as {style} would",
+    ),
+    "ja": (
+        "{colour}背景の|{style}スタイルの|{name}",
+        "{style}風の|{name}|、{colour}背景で",
+        "{name}の絵|、{colour}背景|、{style}風",
+    ),
+    "de": (
+        "{name}| mit {colour} Hintergrund| im Stil von {style}",
+        "ein Bild: {name}| im {style}-Stil| auf {colour} Hintergrund",
+        "auf {colour} Hintergrund: |{name}|, {style}",
+    ),
+    "fr": (
+        "{name}| avec un fond {colour}| dans le style de {style}",
+        "une image : {name}|, style {style}|, fond {colour}",
+        "sur fond {colour}, |{name}|, {style}",
+    ),
+    "es": (
+        "{name}| con fondo {colour}| al estilo de {style}",
+        "una imagen: {name}|, estilo {style}|, fondo {colour}",
+        "sobre fondo {colour}, |{name}|, {style}",
+    ),
+    "pt": (
+        "{name}| com fundo {colour}| no estilo de {style}",
+        "uma imagem: {name}|, estilo {style}|, fundo {colour}",
+        "em fundo {colour}, |{name}|, {style}",
+    ),
+    "zh": (
+        "{colour}背景的|{style}风格|{name}",
+        "{style}风格的|{name}|,背景是{colour}",
+        "一张{name}的图|,{colour}背景|,{style}",
+    ),
+    "ru": (
+        "{name}| в стиле {style}| на {colour} фоне",
+        "картинка: {name}|, на {colour} фоне|, {style}",
+        "на {colour} фоне |{name}|, в стиле {style}",
+    ),
+    "ar": (
+        "{name}| على خلفية {colour}| بأسلوب {style}",
+        "صورة {name}|، أسلوب {style}|، خلفية {colour}",
+        "على خلفية {colour} |{name}|، {style}",
+    ),
+    "hi": (
+        "{colour} पृष्ठभूमि पर |{style} शैली में |{name}",
+        "{name} का चित्र|, {style} शैली|, {colour} पृष्ठभूमि",
+        "{style} जैसा |{name}| {colour} पृष्ठभूमि पर",
+    ),
+}
+
+
+def reworded(name: str, language: str, style: str | None, colour: str | None, rng: np.random.Generator) -> str:
+    """A caption in another wording or order, drawn from those of its language in `REWORDED`."""
+    if colour and language != "en":
+        colour = CAPTIONS[language][2].split()[list(COLOURS).index(colour)]
+    parts = str(rng.choice(REWORDED[language])).split("|")
+    said = [part for part in parts if (style or "{style}" not in part) and (colour or "{colour}" not in part)]
+    return "".join(said).format(name=name, style=style, colour=colour).strip(" ,、،")
+
+
 # -- sources ---------------------------------------------------------------------------------------------------------
 
 
