@@ -57,6 +57,9 @@ def align(
     denoiser_batch_size: Annotated[int, typer.Option(min=1, help="Texts of a step through the denoiser.")] = 16,
     guidance: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Guidance of the teacher's sampling.")] = "2,5",
     learning_rate: Annotated[float, typer.Option(min=0, help="Of the bridge's matrices.")] = 4e-3,
+    denoiser_learning_rate: Annotated[
+        float, typer.Option(min=0, help="The same, in steps through the denoiser.")
+    ] = 1e-4,
     patience: Annotated[
         int | None, typer.Option(min=1, help="Scores in a row without a better one that end a stage.")
     ] = None,
@@ -93,6 +96,7 @@ def align(
         denoiser_batch_size=denoiser_batch_size,
         guidance_scale=(low, high),
         learning_rate=learning_rate,
+        denoiser_learning_rate=denoiser_learning_rate,
         patience=patience,
         cache_limit=cache_limit,
         seed=seed,

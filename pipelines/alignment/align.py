@@ -39,6 +39,7 @@ from .teacher import TeacherStates, fingerprint, weights_hash
 
 PROBED_PROMPTS = 16  # whose trajectories give the queries of the attention loss
 POOL = 16  # batches that are drawn together and sorted by length
+ADAM_RATE = 1e-3  # of biases, norms and queries, at the most
 CHUNK = 32  # held-out prompts that are asked at a time
 
 
@@ -328,6 +329,7 @@ class Aligner:
         return self._epoch_order
 
     def _fit(self, name: str, loss, steps: int, batch: int) -> None:
+        rate = self.options.denoiser_learning_rate if name == "denoiser" else self.options.learning_rate
         weights = fit(
             name,
             self.trained,
@@ -335,7 +337,8 @@ class Aligner:
             out=self.out / "alignment" / name,
             steps=steps,
             batch=batch,
-            learning_rate=self.options.learning_rate,
+            learning_rate=rate,
+            adam_rate=min(ADAM_RATE, rate),
             accelerator=self.accelerator,
             decay=0.4,
             ema=0.99,

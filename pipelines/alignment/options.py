@@ -35,7 +35,9 @@ class AlignmentOptions:
         empty_weight: of the empty prompt in the token loss.
         contrast_weight: of InfoNCE in the token loss.
         picture_weight: of the denoiser's own loss on captioned pictures, where there are some.
-        learning_rate: of the bridge's matrices, by Muon; the rest learns at a rate of its own, by AdamW.
+        learning_rate: of the bridge's matrices, by Muon; the rest learns by AdamW, at 1e-3 or at this if it is less.
+        denoiser_learning_rate: the same in the denoiser stage. A step sees few texts, and at the token stage's rate
+            their noise undoes what that has reached.
         held_out: teacher texts that are kept out of training; the best weights by them are kept.
         validate_every: steps between scores on them.
         patience: scores in a row without a better one that end a stage; None for never.
@@ -67,6 +69,7 @@ class AlignmentOptions:
     contrast_weight: float = 0.1
     picture_weight: float = 0.1
     learning_rate: float = 4e-3
+    denoiser_learning_rate: float = 1e-4
     held_out: int = 64
     validate_every: int = 250
     patience: int | None = None
