@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from textcond import ConditioningEncoder
-from textcond.pipelines import swap_text_encoder
+from textcond.pipelines import loop, swap_text_encoder
 from textcond.pipelines.alignment import AlignmentOptions, align, read_prompts
 from textcond.pipelines.alignment.attention import AttentionProbe
 from textcond.pipelines.alignment.closed_form import RidgeRegression
@@ -356,6 +357,19 @@ def test_a_killed_alignment_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values()):
         assert torch.equal(one, two), name
     assert not (tmp_path / "cut" / "alignment" / "teacher").exists()
+
+
+def test_each_stage_learns_at_its_own_rate(tmp_path, monkeypatch):
+    rates = {}
+
+    def fit(name, *arguments, learning_rate, adam_rate, **options):
+        rates[name] = (learning_rate, adam_rate)
+        return loop.fit(name, *arguments, learning_rate=learning_rate, adam_rate=adam_rate, **options)
+
+    monkeypatch.setattr(importlib.import_module("textcond.pipelines.alignment.align"), "fit", fit)
+    options = AlignmentOptions(**SHORT | {"learning_rate": 2e-3, "denoiser_learning_rate": 1e-5})
+    align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), tmp_path, options)
+    assert rates == {"tokens": (2e-3, 1e-3), "denoiser": (1e-5, 1e-5)}
 
 
 def test_a_folder_begun_otherwise_is_refused(tmp_path):

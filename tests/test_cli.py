@@ -262,8 +262,8 @@ def test_encode_reads_lines_from_a_file_and_from_standard_input(run, demo, tmp_p
 )
 def test_what_cannot_be_encoded_is_told_in_one_line(run, demo, tmp_path, arguments, message):
     (tmp_path / "empty.txt").touch()
-    model = [] if "--encoder" in arguments else ["--encoder", demo.encoder]
-    code, _, err = run("encode", *(argument.format(demo=demo.root) for argument in arguments), *model)
+    encoder = [] if "--encoder" in arguments else ["--encoder", demo.encoder]
+    code, _, err = run("encode", *(argument.format(demo=demo.root) for argument in arguments), *encoder)
     assert code == 1
     assert _is_one_error_line(err)
     assert message in err

@@ -2,9 +2,11 @@
 
 import json
 import re
+import sqlite3
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +198,25 @@ def test_captions_in_other_languages_name_every_colour():
 def test_a_translation_record_gives_summary_and_first_words():
     record = "Package: x\nDescription-md5: 12\nDescription-de: Ein Spiel\n Mit vielen\n .\n Worten.\n"
     assert list(phrases._descriptions(record)) == [("12", ("Ein Spiel", "Mit vielen Worten."))]
+
+
+def test_common_japanese_words_are_phrases_in_kana_too(tmp_path, monkeypatch):
+    with sqlite3.connect(tmp_path / "jamdict.db") as database:
+        database.executescript("""
+            CREATE TABLE Kanji (ID, idseq, text); CREATE TABLE KJP (kid, text);
+            CREATE TABLE Kana (ID, idseq, text); CREATE TABLE KNP (kid, text);
+            CREATE TABLE Sense (ID, idseq); CREATE TABLE SenseGloss (sid, lang, text);
+            INSERT INTO Kanji VALUES (1, 10, '林檎'), (2, 20, '枸櫞');
+            INSERT INTO Kana VALUES (1, 10, 'りんご'), (2, 20, 'くえん'), (3, 30, 'ケーキ');
+            INSERT INTO KNP VALUES (1, 'ichi1');
+            INSERT INTO Sense VALUES (1, 10), (2, 20), (3, 30);
+            INSERT INTO SenseGloss VALUES (1, 'eng', 'apple'), (2, 'eng', 'citron'), (3, 'eng', 'cake');
+        """)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(phrases, "find_spec", lambda name: spec)
+    said = [(phrase.english, phrase.other) for phrase in phrases.dictionary(phrases.Packages(tmp_path, []))]
+    assert said[:2] == [("apple", "林檎"), ("apple", "りんご")]
+    assert sorted(said[2:]) == [("cake", "ケーキ"), ("citron", "枸櫞")]
 
 
 COLOUR_IN = {

@@ -36,8 +36,8 @@ class AlignmentOptions:
         contrast_weight: of InfoNCE in the token loss.
         picture_weight: of the denoiser's own loss on captioned pictures, where there are some.
         learning_rate: of the bridge's matrices, by Muon; the rest learns by AdamW, at 1e-3 or at this if it is less.
-        denoiser_learning_rate: the same in the denoiser stage. A step sees few texts, and at the token stage's rate
-            their noise undoes what that has reached.
+        denoiser_learning_rate: the same in the denoiser stage. At the token stage's rate it undoes some of what that
+            has reached.
         held_out: teacher texts that are kept out of training; the best weights by them are kept.
         validate_every: steps between scores on them.
         patience: scores in a row without a better one that end a stage; None for never.

@@ -188,6 +188,7 @@ def poor_cases(cases: list[Case], kind: str, languages: list[str] | None, limit:
     """Cases of a kind of prompt, evenly spaced among all; the same ones whatever else is judged."""
     if kind == "foreign":
         made = [case for case in cases if case.language != "en" and case.language in (languages or [case.language])]
+        random.Random(kind).shuffle(made)  # files go round the languages: even spacing would pick one of them
     else:
         made = []
         for case in cases:
