@@ -48,7 +48,14 @@ from textcond.pipelines.reference.multilingual import (
     teacher_vectors,
     train_vocabulary,
 )
-from textcond.pipelines.reference.phrases import REWORDED, build_phrases, foreign_caption, read_phrases, reworded
+from textcond.pipelines.reference.phrases import (
+    REWORDED,
+    build_phrases,
+    foreign_caption,
+    read_phrases,
+    reworded,
+    spellings,
+)
 
 ANIMALS = ["cat", "dog", "lion", "fox", "owl", "bear", "duck", "frog", "snail", "horse", "mouse", "rabbit", "whale"]
 HELD_OUT = [name for name in ANIMALS if is_held_out_concept(name)]
@@ -229,6 +236,11 @@ COLOUR_IN = {
     "ru": "синем",
     "ar": "زرقاء",
     "hi": "नीली",
+    "ko": "파란색",
+    "it": "blu",
+    "tr": "mavi",
+    "pl": "niebieskim",
+    "vi": "xanh dương",
 }
 
 # -- the recipe ------------------------------------------------------------------------------------------------------
@@ -416,6 +428,17 @@ def test_alignment_reads_no_held_out_combination_and_every_aligned_language(buil
     assert any(re.search(r"\t.*(soft light|very detailed).*\bcat\b", line) for line in lines)
     assert not any("very detailed" in text and "cat" in text for text in captions)
     assert any(re.search(r"\t.+(スタイルの|風の|背景の)", line) for line in lines)
+
+
+def test_an_encoder_for_all_that_can_be_drawn_reads_every_language_that_has_captions(built, data):
+    lines = alignment_prompts(built, read_concepts(data), AlignRecipe(concepts=8, leave_out=False, general=0.0))
+    assert any(re.search(r"\t.*묘", line) for line in lines)
+
+
+def test_japanese_names_are_read_in_both_kana(built):
+    assert spellings("ネコの顔", "ja") == ["ネコの顔", "ねこの顔"]
+    assert spellings("ネコの顔", "zh") == ["ネコの顔"]
+    assert spellings("猫", "ja") == ["猫"]
 
 
 @pytest.mark.parametrize("language", REWORDED)

@@ -43,7 +43,7 @@ from . import REFERENCE, load_reference
 from .build import build_index
 from .data import COLOURS, STYLES, Concept, ReferenceData, caption, is_held_out, is_held_out_concept, read_concepts
 from .image_tower import TowerRecipe, train_image_tower
-from .phrases import ALIGNED, UNSEEN, build_phrases, digest, foreign_caption, key, read_phrases, reworded
+from .phrases import ALIGNED, UNSEEN, build_phrases, digest, foreign_caption, key, read_phrases, reworded, spellings
 
 STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune", "align", "pictures", "ship")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the order of XLM-R
@@ -458,14 +458,15 @@ class AlignRecipe:
 
     Attributes:
         concepts: how many of the reference data's concepts the denoiser was taught.
-        translations: of each caption, in languages `ALIGNED` drawn anew.
+        translations: of each caption, in the languages with captions drawn anew.
         names: of each caption's concept, in further languages drawn anew; the rest of the caption stays English.
         modified: of each caption, among modifiers that the teacher does not read: its own encoder takes them for what
             is to be drawn, and loses the caption if they come first or are many.
         reworded: of each caption, in other words or another order, see `REWORDED`; the teacher reads the caption, since
             its encoder was taught no other form.
-        leave_out: the concepts that the cases "dictionary" and "unseen" ask for; False for an encoder that is to draw
-            all that the denoiser can, of which these cases then tell nothing.
+        leave_out: the languages `UNSEEN` and the concepts that the cases "dictionary" and "unseen" ask for; False for
+            an encoder that is to draw all that the denoiser can, in any of its languages, of which these cases then
+            tell nothing.
         general: share of lines from `prompts.tsv`.
         anchors: lines of `distil.txt` whose vectors are to stay.
     """
@@ -495,10 +496,11 @@ class AlignRecipe:
 
 
 def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignRecipe) -> list[str]:
-    """Lines of `english TAB other`: captions of what the denoiser knows in all aligned languages, and other phrases.
+    """Lines of `english TAB other`: captions of what the denoiser knows in the aligned languages, and other phrases.
 
     Held-out combinations of style and colour have no caption, nor with `leave_out` have held-out concepts.
     """
+    captioned = ALIGNED if recipe.leave_out else (*ALIGNED, *UNSEEN)
     rng = np.random.default_rng(recipe.seed)
     drawn = concepts[: recipe.concepts]
     modifiers = (phrases / "modifiers.txt").read_text(encoding="utf-8").splitlines()
@@ -509,7 +511,7 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
         if concept in left_out:
             continue
         names = {language: name for language, name in concept.names.items() if key(name) not in hidden}
-        aligned = sorted(language for language in names if language in ALIGNED)
+        aligned = sorted(language for language in names if language in captioned)
         further = sorted(language for language in names if language.split("-")[0] not in ("en", *ALIGNED, *UNSEEN))
         parts = itertools.product([None, *STYLES], [None, *COLOURS])
         for style, colour in parts:
@@ -525,7 +527,7 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
                 said = english if language == "en" else foreign_caption(names[language], language, style, colour)
                 lines.append(f"{english}\t{modified(said, modifiers, rng)}")
             for language in rng.choice(["en", *aligned], recipe.reworded):
-                name = concept.name if language == "en" else names[language]
+                name = str(rng.choice(spellings(concept.name if language == "en" else names[language], language)))
                 lines.append(f"{english}\t{reworded(name, language, style, colour, rng)}")
         if len(concept.keywords) > 1:
             for style in STYLES:

@@ -99,12 +99,13 @@ def foreign_caption(name: str, language: str, style: str | None = None, colour: 
     """
     if language not in CAPTIONS:
         raise ValueError(f"no caption in language {language!r}: use one of {', '.join(CAPTIONS)}")
-    style_clause, colour_clause, colours = CAPTIONS[language]
+    style_clause, colour_clause, _ = CAPTIONS[language]
     text = name + (style_clause.format(style) if style else "")
-    if colour:
-        word = colours.split()[list(COLOURS).index(colour)].replace("_", " ")
-        text += colour_clause.format(word)
-    return text
+    return text + (colour_clause.format(_colour_in(language, colour)) if colour else "")
+
+
+def _colour_in(language: str, colour: str) -> str:
+    return CAPTIONS[language][2].split()[list(COLOURS).index(colour)].replace("_", " ")
 
 
 # Other ways to say a caption; of what stands between bars, a part whose field has no value is left out.
@@ -114,59 +115,112 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "{colour} background, |{name}|, {style}",
         "a picture of {name}| in {style} style| with {colour} background",
         "draw {name}| on {colour}|, as {style} would",
+        "could you paint {name}| the way {style} does it|, with {colour} all around it",
     ),
     "ja": (
         "{colour}背景の|{style}スタイルの|{name}",
         "{style}風の|{name}|、{colour}背景で",
         "{name}の絵|、{colour}背景|、{style}風",
+        "{colour}背景で|{name}をお願いします|、{style}みたいに",
     ),
     "de": (
         "{name}| mit {colour} Hintergrund| im Stil von {style}",
         "ein Bild: {name}| im {style}-Stil| auf {colour} Hintergrund",
         "auf {colour} Hintergrund: |{name}|, {style}",
+        "kannst du {name} zeichnen|, so wie {style}|, und auf {colour} Hintergrund",
     ),
     "fr": (
         "{name}| avec un fond {colour}| dans le style de {style}",
         "une image : {name}|, style {style}|, fond {colour}",
         "sur fond {colour}, |{name}|, {style}",
+        "peux-tu dessiner {name}| à la manière de {style}| avec un fond {colour}",
     ),
     "es": (
         "{name}| con fondo {colour}| al estilo de {style}",
         "una imagen: {name}|, estilo {style}|, fondo {colour}",
         "sobre fondo {colour}, |{name}|, {style}",
+        "dibuja por favor {name}| como lo haría {style}| con el fondo {colour}",
     ),
     "pt": (
         "{name}| com fundo {colour}| no estilo de {style}",
         "uma imagem: {name}|, estilo {style}|, fundo {colour}",
         "em fundo {colour}, |{name}|, {style}",
+        "desenhe por favor {name}| como {style} faria| com o fundo {colour}",
     ),
     "zh": (
         "{colour}背景的|{style}风格|{name}",
         "{style}风格的|{name}|,背景是{colour}",
         "一张{name}的图|,{colour}背景|,{style}",
+        "帮我做一个{name}|,风格要{style}|,底色是{colour}",
     ),
     "ru": (
         "{name}| в стиле {style}| на {colour} фоне",
         "картинка: {name}|, на {colour} фоне|, {style}",
         "на {colour} фоне |{name}|, в стиле {style}",
+        "нарисуй, пожалуйста, {name}| как {style}|, и всё это на {colour} фоне",
     ),
     "ar": (
         "{name}| على خلفية {colour}| بأسلوب {style}",
         "صورة {name}|، أسلوب {style}|، خلفية {colour}",
         "على خلفية {colour} |{name}|، {style}",
+        "أريد {name}| كما في {style}|، وتكون على خلفية {colour}",
     ),
     "hi": (
         "{colour} पृष्ठभूमि पर |{style} शैली में |{name}",
         "{name} का चित्र|, {style} शैली|, {colour} पृष्ठभूमि",
         "{style} जैसा |{name}| {colour} पृष्ठभूमि पर",
+        "कृपया {name} बनाइए|, {style} की तरह|, {colour} पृष्ठभूमि पर",
+    ),
+    "ko": (
+        "{colour} 배경의 |{style} 스타일의 |{name}",
+        "{style} 스타일로 |{name}|, 배경은 {colour}",
+        "{name} 그림|, {colour} 배경|, {style}",
+        "{colour} 배경으로 |{name} 그려 주세요|, {style}처럼",
+    ),
+    "it": (
+        "{name}| con sfondo {colour}| nello stile di {style}",
+        "un'immagine: {name}|, stile {style}|, sfondo {colour}",
+        "su sfondo {colour}, |{name}|, {style}",
+        "disegna per favore {name}| come farebbe {style}| con lo sfondo {colour}",
+    ),
+    "tr": (
+        "{colour} arka planlı |{style} tarzında |{name}",
+        "{style} gibi |{name}|, arka plan {colour}",
+        "{name} resmi|, {colour} arka plan|, {style}",
+        "lütfen {name} çiz|, {style} gibi|, {colour} arka planla",
+    ),
+    "pl": (
+        "{name}| z {colour} tłem| w stylu {style}",
+        "obrazek: {name}|, styl {style}|, na {colour} tle",
+        "na {colour} tle |{name}|, {style}",
+        "narysuj proszę {name}| tak jak {style}|, na {colour} tle",
+    ),
+    "vi": (
+        "{name}| trên nền {colour}| theo phong cách {style}",
+        "hình {name}|, kiểu {style}|, nền {colour}",
+        "nền {colour}, |{name}|, {style}",
+        "hãy vẽ {name}| giống {style}|, với nền {colour}",
     ),
 }
+
+
+KATAKANA = {code: code - 0x60 for code in range(0x30A1, 0x30F7)}
+
+
+def hiragana(text: str) -> str:
+    """A text with its katakana as hiragana: of many Japanese words people write the one or the other."""
+    return text.translate(KATAKANA)
+
+
+def spellings(name: str, language: str) -> list[str]:
+    """The ways to write a name in a language, itself first."""
+    return list(dict.fromkeys((name, hiragana(name)) if language == "ja" else (name,)))
 
 
 def reworded(name: str, language: str, style: str | None, colour: str | None, rng: np.random.Generator) -> str:
     """A caption in another wording or order, drawn from those of its language in `REWORDED`."""
     if colour and language != "en":
-        colour = CAPTIONS[language][2].split()[list(COLOURS).index(colour)]
+        colour = _colour_in(language, colour)
     parts = str(rng.choice(REWORDED[language])).split("|")
     said = [part for part in parts if (style or "{style}" not in part) and (colour or "{colour}" not in part)]
     return "".join(said).format(name=name, style=style, colour=colour).strip(" ,、،")
@@ -225,7 +279,7 @@ class Packages:
             for symbol in symbols & entries.keys():
                 name, keywords = entries[symbol]
                 texts |= {name, ", ".join(keywords)}
-        return {key(text) for text in texts if text}
+        return {key(form) for text in texts if text for form in (text, hiragana(text))}
 
     @cached_property
     def held_out(self) -> set[str]:
@@ -289,7 +343,8 @@ def captions(packages: Packages) -> Iterator[Phrase]:
             name = concept.names[language]
             if key(name) in packages.held_out:  # two concepts can share a name in a language
                 continue
-            yield Phrase(concept.name, name, language, "name")
+            for form in spellings(name, language):
+                yield Phrase(concept.name, form, language, "name")
             picked = [(str(rng.choice(list(STYLES))), None), (None, str(rng.choice(list(COLOURS))))]
             picked += [shown[pick] for pick in rng.choice(len(shown), 6, replace=False)]
             for style, colour in picked:
@@ -313,7 +368,8 @@ def emoji(packages: Packages) -> Iterator[Phrase]:
                     yield Phrase(name, ", ".join(keywords), kind="description")
                 continue
             if name != english_name:
-                yield Phrase(english_name, name, language, "name")
+                for form in spellings(name, language):
+                    yield Phrase(english_name, form, language, "name")
             if listed:
                 yield Phrase(", ".join(english_keywords[:8]), ", ".join(keywords[:8]), language, "keywords")
 
