@@ -62,7 +62,7 @@ def multilingual(
         out, stage or STAGES, phrases=out / "phrases", teacher=teacher, packages=packages,
         data=reference / "data", start=start,
     )  # fmt: skip
-    print(out / "encoder")
+    print(out / "encoder" if "ship" in (stage or STAGES) else out)
 
 
 @app.command()
