@@ -17,8 +17,9 @@ from textcond.pipelines.evaluation.pictures import latent_seed, pixel_spread
 from textcond.pipelines.evaluation.report import Measured, Report
 from textcond.pipelines.families import condition
 from textcond.pipelines.reference.data import is_held_out, is_held_out_concept, is_unseen_concept
-from textcond.pipelines.reference.held_out import CASES
+from textcond.pipelines.reference.held_out import CASES, SENTENCES
 from textcond.pipelines.reference.judge import Judge
+from textcond.pipelines.reference.phrases import REWORDED
 
 QUICK = {"steps": 2, "guidance": (3.0,), "seeds": (0,)}
 
@@ -125,6 +126,19 @@ def test_shipped_cases_are_held_out_and_the_shipped_judge_knows_them(kind, subje
         assert is_held_out(concept, case.expected["style"], case.expected["colour"])
         assert is_held_out_concept(concept) == (kind != "prompts")
         assert is_unseen_concept(concept) == (kind == "unseen")
+
+
+def test_shipped_wordings_say_shipped_captions_in_other_words_than_alignment_reads():
+    captions = {(case.english, case.language): case for case in read_cases(CASES / "prompts.jsonl")}
+    shipped = read_cases(CASES / "wordings.jsonl")
+    assert len(shipped) == 60 * len(SENTENCES)
+    for case in shipped:
+        plain = captions[case.english, case.language]
+        assert case.expected == plain.expected
+        assert case.prompt != plain.prompt
+        assert case.expected["style"] in case.prompt
+    for language, (sentence, _) in SENTENCES.items():
+        assert sentence not in [template.replace("|", "") for template in REWORDED[language]]
 
 
 def test_one_concept_in_five_is_held_out():
