@@ -88,7 +88,7 @@ def main() -> None:
         arguments.seeds, arguments.batch,
     )  # fmt: skip
 
-    all_cases = [case for kind in KINDS for case in read_cases(CASES / f"{kind}.jsonl")]
+    all_cases = [case for kind in KINDS if kind != "wordings" for case in read_cases(CASES / f"{kind}.jsonl")]
     lines = [
         f"{len(known)} captions in the index, {arguments.k} neighbours, {arguments.steps} steps, guidance "
         f"{arguments.guidance}, seeds {' '.join(map(str, arguments.seeds))}; conditioned by "
