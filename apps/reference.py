@@ -54,13 +54,20 @@ def multilingual(
     stage: Annotated[
         list[str] | None, typer.Option(help="Run this stage alone (repeatable): phrases, vocabulary, teacher ...")
     ] = None,
+    distil_steps: Annotated[int | None, typer.Option(min=1, help="Training steps of the distillation.")] = None,
+    token_steps: Annotated[int | None, typer.Option(min=1, help="Training steps of the alignment.")] = None,
 ) -> None:
     """Make the multilingual encoder: phrases, vocabulary, distillation, fine-tuning, alignment. Ctrl-C is safe."""
-    from textcond.pipelines.reference.multilingual import STAGES, build_multilingual
+    from textcond.pipelines.reference.multilingual import STAGES, MultilingualRecipe, build_multilingual
 
+    recipe = MultilingualRecipe()
+    if distil_steps:
+        recipe.distil.steps = distil_steps
+    if token_steps:
+        recipe.align.options.token_steps = token_steps
     build_multilingual(
         out, stage or STAGES, phrases=out / "phrases", teacher=teacher, packages=packages,
-        data=reference / "data", start=start,
+        data=reference / "data", start=start, recipe=recipe,
     )  # fmt: skip
     print(out / "encoder" if "ship" in (stage or STAGES) else out)
 

@@ -17,6 +17,7 @@ from tiny_reference import PROMPTS
 from textcond import TextEncoder
 from textcond.apps.cli import main
 from textcond.apps.metadata import read_parameters
+from textcond.pipelines.reference.multilingual import MultilingualRecipe
 
 COMMAND = [sys.executable, "-m", "textcond.apps.cli"]
 
@@ -312,3 +313,17 @@ def test_a_reference_stage_that_cannot_run_is_told_in_one_line(run, tmp_path, ar
     assert _is_one_error_line(err)
     assert message in err
     assert os.listdir(tmp_path) == []
+
+
+def test_the_stages_of_the_multilingual_encoder_take_the_steps_they_are_told(run, tmp_path, monkeypatch):
+    asked = {}
+
+    def build(out, stages, **given):
+        asked.update(given, stages=stages)
+
+    monkeypatch.setattr("textcond.pipelines.reference.multilingual.build_multilingual", build)
+    options = ["--out", "made", "--packages", tmp_path, "--stage", "align", "--token-steps", 700]
+    assert run("reference", "multilingual", *options) == (0, "made\n", "")
+    assert asked["stages"] == ["align"]
+    assert asked["recipe"].align.options.token_steps == 700
+    assert asked["recipe"].distil == MultilingualRecipe().distil
