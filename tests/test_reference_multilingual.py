@@ -20,7 +20,7 @@ from textcond.files import read_tensors
 from textcond.folders import read_json
 from textcond.pipelines import swapped
 from textcond.pipelines.alignment import AlignmentOptions
-from textcond.pipelines.reference import multilingual, phrases
+from textcond.pipelines.reference import lexicon, multilingual, phrases
 from textcond.pipelines.reference.data import (
     COLOURS,
     HELD_OUT_STYLE,
@@ -220,7 +220,7 @@ def test_common_japanese_words_are_phrases_in_kana_too(tmp_path, monkeypatch):
             INSERT INTO SenseGloss VALUES (1, 'eng', 'apple'), (2, 'eng', 'citron'), (3, 'eng', 'cake');
         """)
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(phrases, "find_spec", lambda name: spec)
+    monkeypatch.setattr(lexicon, "find_spec", lambda name: spec)
     said = [(phrase.english, phrase.other) for phrase in phrases.dictionary(phrases.Packages(tmp_path, []))]
     assert said[:2] == [("apple", "林檎"), ("apple", "りんご")]
     assert sorted(said[2:]) == [("cake", "ケーキ"), ("citron", "枸櫞")]

