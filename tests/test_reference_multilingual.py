@@ -373,6 +373,16 @@ def test_the_bank_never_holds_the_text_itself(built, teacher, tmp_path):
     assert torch.equal(batch.false_negatives(), same)
 
 
+def test_a_share_of_the_steps_reads_words_alone(built, teacher, tmp_path):
+    vectors = teacher_vectors(built, teacher, tmp_path / "vectors")
+    words = {text for pair in read_phrases(built / "words.txt") for text in pair if text}
+    assert {"cat", "猫", "묘"} <= words
+    assert not any("style" in word for word in words)
+    for share, least, most in ((0.0, 0, 0), (0.5, 3, 17), (1.0, 20, 20)):
+        batches = DistilBatches(built, vectors, replace(TINY.distil, words=share))
+        assert least <= sum(set(batches.draw(step)[0]) <= words for step in range(20)) <= most
+
+
 def test_the_recipe_runs_whole_and_what_is_finished_stays(built, teacher, data, tmp_path):
     pipe = tiny.stable_diffusion()
     options = {"phrases": built, "teacher": teacher, "recipe": TINY, "data": data, "pipeline": pipe}

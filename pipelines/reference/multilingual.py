@@ -271,6 +271,7 @@ def _piece_embeddings(tokenizer: PreTrainedTokenizerFast, teacher: TextEncoder) 
 class DistilRecipe:
     """Options of the stage. Of a line with two texts the student reads the other language's with probability `other`.
 
+    A share `words` of the steps reads `words.txt` alone: how often a word is read decides, and short texts are quick.
     `bank` vectors of other texts are negatives in each step: the teacher has read them already. The squared error is
     summed over dimensions, twice one minus the cosine, and weighs `vector_weight`.
     """
@@ -279,6 +280,7 @@ class DistilRecipe:
     batch: int = 384
     bank: int = 2048
     other: float = 0.7
+    words: float = 0.5
     temperature: float = 0.05
     vector_weight: float = 1.0
     learning_rate: float = 1e-3
@@ -299,7 +301,7 @@ class Student(nn.Module):
 
 
 class DistilBatches:
-    """Lines of `distil.txt` with the teacher's vectors of their English sides, the mean of all taken away.
+    """Lines of `distil.txt`, with the teacher's vectors of their English sides, the mean of all taken away.
 
     The teacher's cosines lie between 0.7 and 1, for all vectors share a direction that tells nothing; without it, and
     of unit length again, they use the whole range.
@@ -310,9 +312,10 @@ class DistilBatches:
         self.vectors = np.load(vectors, mmap_mode="r")
         self.mean = self.vectors.mean(0, dtype=np.float64).astype(np.float32)
         rows: dict[str, int] = {}
-        self.lines = []
-        for english, other in read_phrases(phrases / "distil.txt"):
-            self.lines.append((rows.setdefault(english, len(rows)), english, other))
+        self.lines, self.words = (
+            [(rows.setdefault(english, len(rows)), english, other) for english, other in read_phrases(phrases / name)]
+            for name in ("distil.txt", "words.txt")
+        )
         if len(rows) != len(self.vectors):
             raise ValueError(
                 f"{vectors} holds {len(self.vectors)} vectors, {phrases} {len(rows)} texts: run stage teacher again"
@@ -321,10 +324,12 @@ class DistilBatches:
     def draw(self, step: int) -> tuple[list[str], list[int], list[int]]:
         """Texts of a step, the teacher's row of each, and the rows of the bank."""
         generator = step_generator(self.recipe.seed, step)
-        picks = torch.randint(len(self.lines), (self.recipe.batch,), generator=generator).tolist()
+        short = self.words and torch.rand(1, generator=generator).item() < self.recipe.words
+        source = self.words if short else self.lines
+        picks = torch.randint(len(source), (self.recipe.batch,), generator=generator).tolist()
         translated = (torch.rand(self.recipe.batch, generator=generator) < self.recipe.other).tolist()
         bank = torch.randint(len(self.vectors), (self.recipe.bank,), generator=generator).tolist()
-        lines = [self.lines[pick] for pick in picks]
+        lines = [source[pick] for pick in picks]
         texts = [other if other and use else english for (_, english, other), use in zip(lines, translated)]
         return texts, [row for row, _, _ in lines], bank
 

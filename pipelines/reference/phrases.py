@@ -506,6 +506,7 @@ def build_phrases(
 
     - `prompts.tsv`: what alignment reads, `english` or `english<TAB>other`, in English and the languages `ALIGNED`.
     - `distil.txt`: what distillation reads, in the same form, in all languages.
+    - `words.txt`: of that the common words and the names in the languages that have captions, which it reads more of.
     - `pairs.jsonl`: what contrastive fine-tuning reads: `{"query": ..., "pos": [...]}`. One pair in five is left
       out by `is_held_out_pair`, for tests.
     - `modifiers.txt`: what people add to prompts, for captions to be read among it.
@@ -528,7 +529,7 @@ def build_phrases(
         raise ValueError(f"there is no source {unknown[0]!r}: choose from {', '.join(SOURCES)}")
     concepts = read_concepts(data)
     found = Packages(Path(packages), concepts, seed, sources)
-    prompts, distil, pairs = _Lines("prompts"), _Lines("distil"), _Lines("pairs")
+    prompts, distil, words, pairs = (_Lines(name) for name in ("prompts.tsv", "distil.txt", "words.txt", "pairs.jsonl"))
     for source in sources:
         for phrase in _clean(SOURCES[source](found)):
             if found.is_held_out(phrase):
@@ -539,8 +540,11 @@ def build_phrases(
             else:
                 line = phrase.english if phrase.other is None else f"{phrase.english}\t{phrase.other}"
             distil.add(line, source, phrase.language)
-            if phrase.language.split("-")[0] in ("en", *ALIGNED):
+            language = phrase.language.split("-")[0]
+            if language in ("en", *ALIGNED):
                 prompts.add(line, source, phrase.language)
+            if phrase.kind in ("lexicon", "name") and language in CAPTIONS:
+                words.add(line, source, phrase.language)
             if phrase.other is not None and phrase.kind and not is_held_out_pair(phrase.english):
                 query, positive = phrase.other, phrase.english
                 if phrase.kind == "description":
@@ -548,14 +552,16 @@ def build_phrases(
                 row = json.dumps({"query": query, "pos": [positive]}, ensure_ascii=False)
                 pairs.add(row, source, phrase.language)
     with atomic_folder(out, owned=("*",)) as folder:
-        for lines, name in ((prompts, "prompts.tsv"), (distil, "distil.txt"), (pairs, "pairs.jsonl")):
-            lines.write(folder / name, seed)
+        for lines in (prompts, distil, words, pairs):
+            lines.write(folder / lines.name, seed)
         with (folder / "names.tsv").open("w", encoding="utf-8") as file:
             file.writelines("\t".join(row) + "\n" for row in _names(found))
         added = SOURCES["modifiers"](found) if "modifiers" in sources else ()
         lines = [phrase.english + "\n" for phrase in _clean(added)]
         (folder / "modifiers.txt").write_text("".join(lines), encoding="utf-8")
-        write_json(folder / "report.json", {lines.name: lines.report() for lines in (prompts, distil, pairs)})
+        write_json(
+            folder / "report.json", {Path(lines.name).stem: lines.report() for lines in (prompts, distil, words, pairs)}
+        )
     return Path(out)
 
 
