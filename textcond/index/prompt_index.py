@@ -255,14 +255,16 @@ class PromptIndex:
         conditions(filter)
         vector, tokens = self._asked(query, id, mode)
         wanted = k if diversity == 0 else max(4 * k, 20)
-        depth = max(50, 3 * wanted) + (id is not None)
+        # of two lists what is low in both may come first; one list has to make good for near-duplicates alone
+        least = max(50, 3 * wanted) if vector is not None and tokens is not None else max(20, 2 * wanted)
+        depth = least + (id is not None)
         varied = diversity > 0
         while True:
             dense = [] if vector is None else self.store.dense(vector, depth, filter, exact=False, vectors=varied)
             lexical = [] if tokens is None else self.store.lexical(tokens, depth, filter, vectors=varied)
             hits, vectors = self._hits(dense, lexical, wanted, id, collapse)
             exhausted = len(dense) < depth and len(lexical) < depth
-            if len(hits) >= wanted or exhausted or depth > 16 * max(50, 3 * wanted):
+            if len(hits) >= wanted or exhausted or depth > 16 * least:
                 break
             depth *= 4  # many near-duplicates
         if varied:
