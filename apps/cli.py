@@ -49,7 +49,7 @@ ENCODE_CHUNK = 1024
 _PIPELINE_HELP = "Diffusers folder or hub id; the reference model if left out."
 _ENCODER_HELP = (
     "Encoder to swap in: a folder, a hub id, or native for the pipeline's own, which is taken if left out; "
-    "for the reference model it is multilingual, which reads ten languages."
+    "for the reference model it is multilingual, which reads fifteen languages."
 )
 _INDEX_HELP = "Prompt index to look in; that of the reference model if left out."
 
