@@ -8,11 +8,9 @@ from textcond.pipelines.evaluation.cases import Case, write_cases
 
 from .data import COLOURS, Concept, ReferenceData, caption, is_held_out, is_held_out_concept, is_unseen_concept
 from .evaluate import drawn_styles
-from .phrases import ALIGNED, UNSEEN, foreign_caption
+from .phrases import CAPTIONS, foreign_caption
 
 CASES = Path(__file__).parent / "cases"
-# An alignment that is to leave out what the cases ask for (`AlignRecipe.leave_out`) reads of the first group alone.
-SEEN_LANGUAGES, UNSEEN_LANGUAGES = ("en", *ALIGNED), UNSEEN
 KINDS = {
     "prompts": "concepts that alignment reads of, in combinations with style and colour that it does not",
     "dictionary": "concepts that it knows from dictionaries and WordNet alone",
@@ -60,7 +58,7 @@ def held_out_cases(data: ReferenceData, concepts: int) -> dict[str, list[Case]]:
         cases[kind] = [
             case for index in found[::every][:CONCEPTS_A_KIND] for case in _captions(data, index, styles[index])
         ]
-    named = {concept.name: concept for concept in data.concepts}
+    named = {concept.name: concept for concept in data.concepts[:concepts]}
     cases["wordings"] = [
         _sentence(case, named[case.expected["concept"]]) for case in cases["prompts"] if case.language in SENTENCES
     ]
@@ -84,7 +82,7 @@ def _captions(data: ReferenceData, index: int, styles: list[str]) -> list[Case]:
     expected = {"concept": concept.name, "style": style, "colour": colour}
     english = caption(concept, style, colour)
     cases = [Case(english, expected=expected)]
-    for language in (*SEEN_LANGUAGES[1:], *UNSEEN_LANGUAGES):
+    for language in CAPTIONS:
         if language in concept.names:
             text = foreign_caption(concept.names[language], language, style, colour)
             cases.append(Case(text, english, language, dict(expected)))

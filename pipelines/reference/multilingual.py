@@ -316,6 +316,8 @@ class DistilBatches:
             [(rows.setdefault(english, len(rows)), english, other) for english, other in read_phrases(phrases / name)]
             for name in ("distil.txt", "words.txt")
         )
+        if recipe.words and not self.words:
+            raise ValueError(f"{phrases / 'words.txt'} is empty: set words=0, or run stage phrases with more sources")
         if len(rows) != len(self.vectors):
             raise ValueError(
                 f"{vectors} holds {len(self.vectors)} vectors, {phrases} {len(rows)} texts: run stage teacher again"
@@ -324,7 +326,7 @@ class DistilBatches:
     def draw(self, step: int) -> tuple[list[str], list[int], list[int]]:
         """Texts of a step, the teacher's row of each, and the rows of the bank."""
         generator = step_generator(self.recipe.seed, step)
-        short = self.words and torch.rand(1, generator=generator).item() < self.recipe.words
+        short = torch.rand(1, generator=generator).item() < self.recipe.words
         source = self.words if short else self.lines
         picks = torch.randint(len(source), (self.recipe.batch,), generator=generator).tolist()
         translated = (torch.rand(self.recipe.batch, generator=generator) < self.recipe.other).tolist()
@@ -467,8 +469,8 @@ class AlignRecipe:
         names: of each caption's concept, in further languages drawn anew; the rest of the caption stays English.
         modified: of each caption, among modifiers that the teacher does not read: its own encoder takes them for what
             is to be drawn, and loses the caption if they come first or are many.
-        reworded: of each caption, in other words or another order, see `REWORDED`; the teacher reads the caption, since
-            its encoder was taught no other form.
+        reworded: of each caption, in other words or another order, see `REWORDED`, and of Japanese ones half in
+            hiragana; the teacher reads the caption, since its encoder was taught no other form.
         leave_out: the languages `UNSEEN` and the concepts that the cases "dictionary" and "unseen" ask for; False for
             an encoder that is to draw all that the denoiser can, in any of its languages, of which these cases then
             tell nothing.
@@ -608,7 +610,7 @@ def build_multilingual(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     vocabulary, vectors, distilled = out / "vocabulary", out / "teacher", out / "distil"
     with accelerator.main_process_first():
-        if "phrases" in stages and not (phrases / "report.json").is_file():
+        if "phrases" in stages and not (phrases / "words.txt").is_file():  # which older folders have not
             if packages is None:
                 raise ValueError("stage phrases reads packages: pass packages=")
             build_phrases(phrases, packages=packages, data=data)

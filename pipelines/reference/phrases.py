@@ -156,13 +156,13 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "{name}| в стиле {style}| на {colour} фоне",
         "картинка: {name}|, на {colour} фоне|, {style}",
         "на {colour} фоне |{name}|, в стиле {style}",
-        "нарисуй, пожалуйста, {name}| как {style}|, и всё это на {colour} фоне",
+        "нарисуй, пожалуйста, {name}|, как {style}|, и всё это на {colour} фоне",
     ),
     "ar": (
         "{name}| على خلفية {colour}| بأسلوب {style}",
         "صورة {name}|، أسلوب {style}|، خلفية {colour}",
         "على خلفية {colour} |{name}|، {style}",
-        "أريد {name}| كما في {style}|، وتكون على خلفية {colour}",
+        "أريد {name}| كما في {style}|، مع خلفية {colour}",
     ),
     "hi": (
         "{colour} पृष्ठभूमि पर |{style} शैली में |{name}",
@@ -192,7 +192,7 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "{name}| z {colour} tłem| w stylu {style}",
         "obrazek: {name}|, styl {style}|, na {colour} tle",
         "na {colour} tle |{name}|, {style}",
-        "narysuj proszę {name}| tak jak {style}|, na {colour} tle",
+        "narysuj, proszę, {name}| tak jak {style}|, na {colour} tle",
     ),
     "vi": (
         "{name}| trên nền {colour}| theo phong cách {style}",
@@ -203,12 +203,12 @@ REWORDED: dict[str, tuple[str, ...]] = {
 }
 
 
-KATAKANA = {code: code - 0x60 for code in range(0x30A1, 0x30F7)}
+TO_HIRAGANA = {code: code - 0x60 for code in range(0x30A1, 0x30F7)}
 
 
 def hiragana(text: str) -> str:
     """A text with its katakana as hiragana: of many Japanese words people write the one or the other."""
-    return text.translate(KATAKANA)
+    return text.translate(TO_HIRAGANA)
 
 
 def spellings(name: str, language: str) -> list[str]:
@@ -279,6 +279,11 @@ class Packages:
                 name, keywords = entries[symbol]
                 texts |= {name, ", ".join(keywords)}
         return {key(form) for text in texts if text for form in (text, hiragana(text))}
+
+    @cached_property
+    def lexicon(self) -> list[tuple[str, str, str]]:
+        """The common words, see `lexicon.lexicon`."""
+        return lexicon()
 
     @cached_property
     def held_out(self) -> set[str]:
@@ -382,9 +387,9 @@ def dictionary(packages: Packages, count: int = 90_000) -> Iterator[Phrase]:
             yield Phrase("; ".join(entry.glosses), form, "ja", "dictionary")
 
 
-def common_words(_packages: Packages) -> Iterator[Phrase]:
+def common_words(packages: Packages) -> Iterator[Phrase]:
     """Words that many languages have a word for, with their translations."""
-    for english, word, language in lexicon():
+    for english, word, language in packages.lexicon:
         yield Phrase(english, word, language, "lexicon")
 
 
@@ -416,7 +421,8 @@ def debian(_packages: Packages) -> Iterator[Phrase]:
     """Summaries of packages and their translations; English ones once for all packages that share them."""
     # translations are in files that most machines leave out
     with apt(",".join(["en", *DEBIAN_LANGUAGES.split()])) as (folder, options):
-        lists, texts = folder / "lists", dict[str, dict[str, tuple[str, str]]]()
+        lists = folder / "lists"
+        texts: dict[str, dict[str, tuple[str, str]]] = {}
         for language in ["en", *DEBIAN_LANGUAGES.split()]:
             suffix = language.replace("_", "%5f")
             files = [*sorted(lists.glob(f"*_Translation-{suffix}.*")), *sorted(lists.glob(f"*_Translation-{suffix}"))]
@@ -456,7 +462,7 @@ def modifiers(packages: Packages, count: int = 30_000) -> Iterator[Phrase]:
 
 
 def compositions(packages: Packages) -> Iterator[Phrase]:
-    """Words as captions: what was never drawn is described like what was, in English and in the aligned languages."""
+    """Words as captions: what was never drawn is described like what was, in the languages that have captions."""
     rng = packages.rng("compositions")
     styles, colours = list(STYLES), list(COLOURS)
     words = [SOURCES[name](packages) for name in ("wordnet", "dictionary", "lexicon") if name in packages.sources]

@@ -255,7 +255,7 @@ class PromptIndex:
         conditions(filter)
         vector, tokens = self._asked(query, id, mode)
         wanted = k if diversity == 0 else max(4 * k, 20)
-        # of two lists what is low in both may come first; one list has to make good for near-duplicates alone
+        # fusion can put first what is low in both lists; one list needs rows to spare for near-duplicates alone
         least = max(50, 3 * wanted) if vector is not None and tokens is not None else max(20, 2 * wanted)
         depth = least + (id is not None)
         varied = diversity > 0
