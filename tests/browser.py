@@ -112,7 +112,8 @@ class Browser:
         end = time.monotonic() + seconds
         while not (value := self.script(f"return {condition}") if isinstance(condition, str) else condition()):
             if time.monotonic() > end:
-                raise AssertionError(f"waited {seconds} s in vain for {what}")
+                toasts = self.script("return [...document.querySelectorAll('.toast-body')].map(one => one.innerText)")
+                raise AssertionError(f"waited {seconds} s in vain for {what}; notices on the page: {toasts}")
             time.sleep(0.1)
         return value
 

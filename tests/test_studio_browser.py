@@ -49,11 +49,15 @@ class Server:
 
     def __init__(self, pictures: Path, *options: str):
         self.options = ["--pictures", str(pictures), *options]
+        self.folder = pictures  # to run in: it offers the encoders that lie below
+        pictures.mkdir(exist_ok=True)
         self.start()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "textcond.apps.cli", "studio", *self.options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         self.address = self.process.stdout.readline().split()[2]
 
     def kill(self) -> None:
