@@ -231,8 +231,12 @@ def test_a_japanese_prompt_draws_and_finds_on_a_first_visit_and_the_picture_find
     _draw(visitor)
     _write(visitor, "a prompt that says nothing of it")
     visitor.until(f"{HEAD}.includes('by the same encoder') && !{FOUND}.join().includes('ハート')", "others", PATIENCE)
+    others = visitor.script(f"return {FOUND}.join()")
     visitor.click("#similar")
-    visitor.until(f"{HEAD}.includes('To the picture, by what is on it')", "what is like the picture", PATIENCE)
+    changed = f"{FOUND}.join() != {others!r}"  # the page writes its heading before its tiles
+    visitor.until(
+        f"{HEAD}.includes('To the picture, by what is on it') && {changed}", "what is like the picture", PATIENCE
+    )
     found = visitor.script(f"return {FOUND}")
     concepts = {row.text: row.metadata["concept"] for row in open_index().rows()}
     assert sum("heart" in concepts[caption.split(" · ", 1)[1]] for caption in found) >= 4, found
