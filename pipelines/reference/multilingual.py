@@ -387,6 +387,7 @@ def distil(
         learning_rate=recipe.learning_rate,
         adam_rate=recipe.adam_rate,
         bf16=True,
+        dropout=False,
         accelerator=accelerator,
     )
     module.load_state_dict(weights)
