@@ -445,6 +445,17 @@ def test_an_encoder_for_all_that_can_be_drawn_reads_every_language_that_has_capt
     assert any(re.search(r"\t.*묘", line) for line in lines)
 
 
+def test_words_for_what_is_drawn_are_read_alone_and_in_captions(built, data):
+    concepts = read_concepts(data)[:8]
+    lines = alignment_prompts(built, concepts, AlignRecipe(concepts=8, general=0.0))
+    drawn = {word for concept in concepts for word in (concept.name, *concept.keywords)}
+    read = [(english, other) for english, other in read_phrases(built / "words.txt") if other and english in drawn]
+    assert read
+    for english, other in read:
+        assert f"{english}\t{other}" in lines
+        assert any(re.fullmatch(rf"{english}\b.+(style|ground)\t{re.escape(other)}\b.+", line) for line in lines)
+
+
 def test_japanese_names_are_read_in_both_kana(built):
     assert spellings("ネコの顔", "ja") == ["ネコの顔", "ねこの顔"]
     assert spellings("ネコの顔", "zh") == ["ネコの顔"]

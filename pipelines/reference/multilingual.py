@@ -472,6 +472,9 @@ class AlignRecipe:
             is to be drawn, and loses the caption if they come first or are many.
         reworded: of each caption, in other words or another order, see `REWORDED`, and of Japanese ones half in
             hiragana; the teacher reads the caption, since its encoder was taught no other form.
+        words: captions of each translation that `words.txt` has of a name or keyword of what is drawn, beside the word
+            alone; the teacher reads the English word. A name is one word of several, and among the general lines a
+            dictionary's is hardly ever read. None with `leave_out`, for they come in its languages too.
         leave_out: the languages `UNSEEN` and the concepts that the cases "dictionary" and "unseen" ask for; False for
             an encoder that is to draw all that the denoiser can, in any of its languages, of which these cases then
             tell nothing.
@@ -484,6 +487,7 @@ class AlignRecipe:
     names: int = 1
     modified: int = 3
     reworded: int = 2
+    words: int = 2
     leave_out: bool = False
     general: float = 0.25
     anchors: int = 300_000
@@ -541,6 +545,16 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
             for style in STYLES:
                 words = ", ".join(rng.permutation(concept.keywords)[: int(rng.integers(1, 4))])
                 lines.append(caption(concept, style, words=words))
+    known = {key(word) for concept in drawn for word in (concept.name, *concept.keywords)}
+    for english, other in read_phrases(phrases / "words.txt") if recipe.words and not recipe.leave_out else ():
+        if other is None or key(english) not in known:
+            continue
+        lines.append(f"{english}\t{other}")
+        for _ in range(recipe.words):
+            style, colour = str(rng.choice(list(STYLES))), str(rng.choice(list(COLOURS)))
+            if not is_held_out(english, style, colour):
+                parts = ((style, None), (None, colour), (style, colour))[rng.integers(3)]
+                lines.append("\t".join(caption(drawn[0], *parts, words=word) for word in (english, other)))
     others = (phrases / "prompts.tsv").read_text(encoding="utf-8").splitlines()
     count = min(len(others), round(len(lines) * recipe.general / (1 - recipe.general)))
     lines += [others[place] for place in rng.permutation(len(others))[:count]]
