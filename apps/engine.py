@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from textcond.folders import read_json
 from textcond.index.prompt_index import LONGEST_QUERY
 
 from .finder import Finder, open_index
@@ -114,6 +115,19 @@ class Engine:
         from textcond.pipelines import inspect_pipeline
 
         return inspect_pipeline(self._pipeline())
+
+    def may_take(self, encoder: str) -> bool:
+        """False for a folder whose encoder gives tokens of another width than the loaded pipeline reads."""
+        config = Path(encoder) / "config.json"
+        if self._pipe is None or not config.is_file():
+            return True
+        try:
+            wanted = {contract.token_width for contract in self.contracts()}
+            given = read_json(config).get("hidden_size")
+        except (OSError, ValueError):  # who swaps it in is told
+            return True
+        # Of several slots each has its own width, and one encoder may stand for all.
+        return None in (given, *wanted) or len(wanted) > 1 or given in wanted
 
     @property
     def place(self) -> str:

@@ -45,6 +45,14 @@ def test_each_encoder_conditions_its_own_pictures_and_the_native_one_returns(eng
     np.testing.assert_array_equal(first, again)
 
 
+def test_an_encoder_of_another_width_is_known_before_it_is_swapped_in(engine, demo, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert Engine(demo.pipeline).may_take(demo.wide)  # what it will read is not known yet
+    engine.warm_up()
+    choices = (demo.encoder, demo.wide, str(tmp_path), "a/hub-id")
+    assert [engine.may_take(encoder) for encoder in choices] == [True, False, True, True]
+
+
 def test_an_encoder_that_does_not_fit_is_refused_and_breaks_nothing(engine, demo):
     for use in (lambda: engine.draw(_parameters(engine, demo.wide)), lambda: engine.finder(demo.wide)):
         with pytest.raises(ValueError, match="48-wide"):

@@ -36,7 +36,7 @@ class Studio:
     Args:
         engine: draws and finds.
         folder: takes the pictures; below it everything is served to those who know its name.
-        encoders: offered beside the pipeline's own, and beside the shipped one where that fits.
+        encoders: those that fit are offered beside the pipeline's own, and beside the shipped one where that fits.
         trusted: whether visitors may load models, type any folder or hub id, and write into the index.
     """
 
@@ -50,7 +50,8 @@ class Studio:
     @property
     def offered(self) -> list[str]:
         """The encoders to choose from, for the pipeline that is loaded."""
-        return [NATIVE, *([MULTILINGUAL] if self.engine.name == REFERENCE else []), *self.encoders]
+        shipped = [MULTILINGUAL] if self.engine.name == REFERENCE else []
+        return [NATIVE, *shipped, *filter(self.engine.may_take, self.encoders)]
 
     def takes(self, encoder: str) -> bool:
         """Whether a visitor may choose that encoder."""
