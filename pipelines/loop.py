@@ -116,8 +116,8 @@ def fit(
         out: folder of the stage; `out/checkpoint` holds weights, optimizer state and step, written every
             `save_every` seconds, at Ctrl-C and at the end. The same call resumes from it.
         bf16: give `loss` the module with a forward in bfloat16; weights and outputs stay float32.
-        dropout: False leaves it out. A student that hardly reads a text twice needs none: it is noise on what is to be
-            met, and with it attention takes its slow path.
+        dropout: False leaves it out, by evaluation mode. A student that hardly reads a text twice needs none: it is
+            noise on what is to be met, and with it attention takes its slow path.
 
     Raises:
         RuntimeError: a figure that is not finite; it names the figure and the step.
@@ -132,7 +132,7 @@ def fit(
     state.resume(checkpoint)
     if validation and validation.first and state.step == 0:
         state.validate(validation)
-    _set_training(prepared, dropout)
+    prepared.train(dropout)
     log = out / "log.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     saved_at, shown, since = time.monotonic(), {}, 0
@@ -145,7 +145,7 @@ def fit(
                 step = state.step
                 if validation and state.validated < step and (step % validation.every == 0 or step == steps):
                     shown["held_out"] = state.validate(validation)
-                    _set_training(prepared, dropout)
+                    prepared.train(dropout)
                 if step == steps or (validation and state.stale == validation.patience):
                     break
                 optimizer.set_rate(warmup_stable_decay(step, steps, warmup, decay))
@@ -180,14 +180,6 @@ def fit(
             state.save(checkpoint)
     accelerator.wait_for_everyone()
     return state.result()
-
-
-def _set_training(module: nn.Module, dropout: bool) -> None:
-    """Put a module into training mode; without dropout only those parts that recompute their activations."""
-    module.train(dropout)
-    for part in module.modules():
-        if getattr(part, "gradient_checkpointing", False):
-            part.training = True
 
 
 class _InBfloat16(nn.Module):

@@ -24,7 +24,9 @@ def can_pack(backbone: PreTrainedModel, longest: int) -> bool:
     window.
     """
     config = backbone.config
-    recomputes = any(part.training and getattr(part, "gradient_checkpointing", False) for part in backbone.modules())
+    recomputes = backbone.training and any(
+        getattr(part, "gradient_checkpointing", False) for part in backbone.modules()
+    )
     if config.model_type in ENCODERS:
         known = not config.is_decoder and getattr(config, "position_embedding_type", "absolute") == "absolute"
     else:

@@ -342,7 +342,6 @@ class Aligner:
             accelerator=self.accelerator,
             decay=0.4,
             ema=0.99,
-            dropout=False,
             save_every=self.options.save_every,
             validation=Validation(lambda step: self.held_out_distance(), self.options.validate_every,
                                   self.options.patience, first=name == "denoiser"),
