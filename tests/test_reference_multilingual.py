@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sqlite3
 import zipfile
 from dataclasses import replace
@@ -454,6 +455,18 @@ def test_words_for_what_is_drawn_are_read_alone_and_in_captions(built, data):
     for english, other in read:
         assert f"{english}\t{other}" in lines
         assert any(re.fullmatch(rf"{english}\b.+(style|ground)\t{re.escape(other)}\b.+", line) for line in lines)
+
+
+def test_no_word_stands_for_a_thing_in_a_held_out_combination(built, data, tmp_path):
+    concept = read_concepts(data)[0]
+    concept.keywords = ["critter"]
+    phrases = shutil.copytree(built, tmp_path / "phrases")
+    (phrases / "words.txt").write_text("".join(f"critter\tword{number}\n" for number in range(60)), encoding="utf-8")
+    lines = alignment_prompts(phrases, [concept], AlignRecipe(concepts=1, general=0.0))
+    said = [re.match(r"critter, (\w+) style, on an? (\w+) background\tword", line) for line in lines]
+    combinations = [found.groups() for found in said if found]
+    assert combinations
+    assert not any(is_held_out(concept.name, *combination) for combination in combinations)
 
 
 def test_japanese_names_are_read_in_both_kana(built):

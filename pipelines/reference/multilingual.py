@@ -545,16 +545,20 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
             for style in STYLES:
                 words = ", ".join(rng.permutation(concept.keywords)[: int(rng.integers(1, 4))])
                 lines.append(caption(concept, style, words=words))
-    known = {key(word) for concept in drawn for word in (concept.name, *concept.keywords)}
+    said_of: dict[str, list[str]] = {}
+    for concept in drawn:
+        for word in (concept.name, *concept.keywords):
+            said_of.setdefault(key(word), []).append(concept.name)
     for english, other in read_phrases(phrases / "words.txt") if recipe.words and not recipe.leave_out else ():
-        if other is None or key(english) not in known:
+        if other is None or (names := said_of.get(key(english))) is None:
             continue
         lines.append(f"{english}\t{other}")
         for _ in range(recipe.words):
             style, colour = str(rng.choice(list(STYLES))), str(rng.choice(list(COLOURS)))
-            if not is_held_out(english, style, colour):
-                parts = ((style, None), (None, colour), (style, colour))[rng.integers(3)]
-                lines.append("\t".join(caption(drawn[0], *parts, words=word) for word in (english, other)))
+            parts = ((style, None), (None, colour), (style, colour))[rng.integers(3)]
+            if all(parts) and any(is_held_out(name, style, colour) for name in names):
+                parts = (style, None)
+            lines.append("\t".join(caption(drawn[0], *parts, words=word) for word in (english, other)))
     others = (phrases / "prompts.tsv").read_text(encoding="utf-8").splitlines()
     count = min(len(others), round(len(lines) * recipe.general / (1 - recipe.general)))
     lines += [others[place] for place in rng.permutation(len(others))[:count]]
