@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import tempfile
 from pathlib import Path
@@ -29,7 +30,8 @@ def open_index(path: str | Path | None = None) -> PromptIndex:
 class Finder:
     """Searches the rows of `index` with its own encoder, or with another one that encodes the texts again.
 
-    The new vectors are kept in a temporary folder, as long as the finder.
+    What it finds is to be looked at: rows with nearly the same text or the same picture come once. The new vectors are
+    kept in a temporary folder, as long as the finder.
     """
 
     def __init__(self, index: PromptIndex, encoder: TextEncoder | None = None):
@@ -49,12 +51,12 @@ class Finder:
         return hasattr(self.encoder, "encode_image")
 
     def search(self, query: str, k: int, mode: str = "dense") -> list[Hit]:
-        """The `k` best rows, best first, those with nearly the same text once; the end of a huge query is not read."""
-        return self.index.search(query[:LONGEST_QUERY], k=k, mode=mode)
+        """The `k` best rows, best first; the end of a huge query is not read."""
+        return self._distinct(k, query=query[:LONGEST_QUERY], mode=mode)
 
     def similar(self, row_id: str, k: int) -> list[Hit]:
         """The `k` rows nearest to one of them, without itself."""
-        return self.index.search(id=row_id, k=k, mode="dense")
+        return self._distinct(k, id=row_id, mode="dense")
 
     def like(self, image: Image, prompt: str, k: int) -> tuple[list[Hit], str]:
         """The `k` rows nearest to a picture, and by what: itself if the encoder reads pictures, else its prompt.
@@ -63,10 +65,28 @@ class Finder:
             ValueError: neither is possible.
         """
         if self.sees:
-            return self.index.search(image, k=k, mode="dense"), "what is on it"
+            return self._distinct(k, query=image, mode="dense"), "what is on it"
         if not prompt.strip():
             raise ValueError("the encoder of this index reads no pictures, and this one has no prompt")
         return self.search(prompt, k), "its prompt"
+
+    def _distinct(self, k: int, **asked: Any) -> list[Hit]:
+        for depth in (4 * k, 8 * k):
+            hits = self.index.search(k=depth, **asked)
+            seen: set[tuple] = set()
+            kept = []
+            for hit in hits:
+                if (image := hit.image) is not None:
+                    picture = (image.size, image.mode, hashlib.sha256(image.tobytes()).digest())
+                    if picture in seen:
+                        continue
+                    seen.add(picture)
+                kept.append(hit)
+                if len(kept) == k:
+                    return kept
+            if len(hits) < depth:
+                break
+        return kept
 
     def add(self, text: str, metadata: dict[str, Any], image: Image) -> None:
         """Put a row into what is searched; one that is there already is kept once."""

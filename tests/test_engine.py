@@ -2,6 +2,7 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_reference import PROMPTS
 
 from textcond import PromptIndex, TextEncoder
@@ -100,3 +101,17 @@ def test_an_empty_index_finds_nothing(demo):
     encoder = TextEncoder.from_pretrained(f"{demo.pipeline}/text_encoder")
     for finder in (Finder(PromptIndex(encoder)), Finder(PromptIndex(encoder), encoder)):
         assert (len(finder), finder.search("fox", 3), finder.sample(3)) == (0, [], [])
+
+
+def test_a_picture_that_several_rows_share_is_found_once(demo):
+    index = PromptIndex(TextEncoder.from_pretrained(f"{demo.pipeline}/text_encoder"))
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    index.add(["red fox", "roter Fuchs", "renard rouge"], images=[red] * 3)
+    index.add(["blue fox", "zorro azul", "a fox without a picture", "another one"], images=[blue, blue, None, None])
+    finder = Finder(index)
+    found = finder.search("red fox", 10)
+    assert found[0].text == "red fox"
+    assert [hit.score for hit in found] == sorted((hit.score for hit in found), reverse=True)
+    shown = [hit.image and hit.image.getpixel((0, 0)) for hit in found]
+    assert sorted(map(str, shown)) == ["(0, 0, 255)", "(255, 0, 0)", "None", "None"]
+    assert {hit.id for hit in finder.search("red fox", 2)} < {hit.id for hit in found}

@@ -252,6 +252,25 @@ def test_a_picture_is_refused_where_the_encoder_reads_none():
     assert index.search("a fox")[0].image is not None
 
 
+def test_pictures_of_many_hits_are_read_in_any_order_and_in_few_reads(monkeypatch):
+    index = PromptIndex(tiny.text_encoder())
+    names = [f"{colour} {number}" for number in range(25) for colour in ("red", "blue")]
+    index.add(
+        names, images=[Image.new("RGB", (2, 2), (number, 0, 0)) if number % 5 else None for number in range(len(names))]
+    )
+    reads, get = [], index.store.get
+    monkeypatch.setattr(index.store, "get", lambda ids, **options: reads.append(list(ids)) or get(ids, **options))
+    hits = index.search("red 3", k=len(names), collapse=False)
+    for hit in [*hits[::3], *hits[::-1]]:
+        number = names.index(hit.text)
+        assert (hit.image and hit.image.getpixel((0, 0))[0]) == (number if number % 5 else None)
+    assert len(hits) == len(names)
+    assert len(reads) < len(hits) / 2
+    gone = index.search("red 3", k=2)
+    index.delete([hit.id for hit in gone])
+    assert [hit.image for hit in gone] == [None, None]
+
+
 def test_an_index_of_the_text_side_takes_pictures_with_both_towers(clip, tmp_path):
     index = PromptIndex.create(tmp_path / "index", TextEncoder.from_pretrained(clip[0]))
     index.add(TEXTS[::2])

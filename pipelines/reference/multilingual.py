@@ -43,7 +43,7 @@ from . import REFERENCE, load_reference
 from .build import build_index
 from .data import COLOURS, STYLES, Concept, ReferenceData, caption, is_held_out, is_held_out_concept, read_concepts
 from .image_tower import TowerRecipe, train_image_tower
-from .phrases import ALIGNED, UNSEEN, build_phrases, digest, foreign_caption, key, read_phrases, reworded, spellings
+from .phrases import ALIGNED, WITHHELD, build_phrases, digest, foreign_caption, key, read_phrases, reworded, spellings
 
 STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune", "align", "pictures", "ship")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the order of XLM-R
@@ -475,7 +475,7 @@ class AlignRecipe:
         words: captions of each translation that `words.txt` has of a name or keyword of what is drawn, beside the word
             alone; the teacher reads the English word. A name is one word of several, and among the general lines a
             dictionary's is hardly ever read. None with `leave_out`, for they come in its languages too.
-        leave_out: the languages `UNSEEN` and the concepts that the cases "dictionary" and "unseen" ask for; False for
+        leave_out: the languages `WITHHELD` and the concepts that the cases "dictionary" and "unseen" ask for; False for
             an encoder that is to draw all that the denoiser can, in any of its languages, of which these cases then
             tell nothing.
         general: share of lines from `prompts.tsv`.
@@ -512,7 +512,7 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
 
     Held-out combinations of style and colour have no caption, nor with `leave_out` have held-out concepts.
     """
-    captioned = ALIGNED if recipe.leave_out else (*ALIGNED, *UNSEEN)
+    captioned = ALIGNED if recipe.leave_out else (*ALIGNED, *WITHHELD)
     rng = np.random.default_rng(recipe.seed)
     drawn = concepts[: recipe.concepts]
     modifiers = (phrases / "modifiers.txt").read_text(encoding="utf-8").splitlines()
@@ -524,7 +524,7 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
             continue
         names = {language: name for language, name in concept.names.items() if key(name) not in hidden}
         aligned = sorted(language for language in names if language in captioned)
-        further = sorted(language for language in names if language.split("-")[0] not in ("en", *ALIGNED, *UNSEEN))
+        further = sorted(language for language in names if language.split("-")[0] not in ("en", *ALIGNED, *WITHHELD))
         parts = itertools.product([None, *STYLES], [None, *COLOURS])
         for style, colour in parts:
             if style and colour and is_held_out(concept.name, style, colour):
@@ -691,7 +691,7 @@ def build_multilingual(
 def indexed(data: ReferenceData) -> list[str]:
     """Languages of the shipped index: English, those of the alignment, and some that it leaves out."""
     named = {"en"}.union(*(concept.names for concept in data.concepts))
-    return [language for language in ("en", *ALIGNED, *UNSEEN) if language in named]
+    return [language for language in ("en", *ALIGNED, *WITHHELD) if language in named]
 
 
 def ship(aligned: Path, tower: Path, out: Path) -> None:

@@ -39,7 +39,7 @@ from .data import COLOURS, STYLES, Concept, caption, is_held_out, is_held_out_co
 from .lexicon import apt, japanese_entries, lexicon
 
 ALIGNED = ("ja", "de", "fr", "es", "pt", "zh", "ru", "ar", "hi")
-UNSEEN = ("ko", "it", "tr", "pl", "vi")
+WITHHELD = ("ko", "it", "tr", "pl", "vi")
 LONGEST = 160  # characters of a phrase: what is longer is no prompt, and training pays for it
 DESCRIPTION_WORDS = 24
 SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff]")

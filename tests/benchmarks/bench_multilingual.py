@@ -16,7 +16,7 @@ from rich.table import Table
 from textcond import TextEncoder
 from textcond.evaluation import RetrievalTask, evaluate_retrieval
 from textcond.pipelines.reference.multilingual import name_task
-from textcond.pipelines.reference.phrases import ALIGNED, UNSEEN
+from textcond.pipelines.reference.phrases import ALIGNED, WITHHELD
 
 METRICS = ("nDCG@10", "R@10")
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("encoders", nargs="+", help="folders or hub ids; the last is the peer")
     parser.add_argument("--phrases", type=Path, required=True, help="the folder of build_phrases")
-    parser.add_argument("--languages", nargs="+", default=[*ALIGNED, *UNSEEN])
+    parser.add_argument("--languages", nargs="+", default=[*ALIGNED, *WITHHELD])
     parser.add_argument("--tasks", type=Path, nargs="*", default=[], help="BEIR folders to ask too")
     arguments = parser.parse_args()
     tasks = [name_task(arguments.phrases, [language]) for language in arguments.languages]
