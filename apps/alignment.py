@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ def align(
     ] = None,
     slot: Annotated[str | None, typer.Option(help="Encoder to replace; all that one can serve if left out.")] = None,
     bridge: Annotated[
-        str | None, typer.Option(help="resampler, linear or mlp; what the pipeline needs if left out.")
+        str | None, typer.Option(help="resampler, linear, mlp or timestep; what the pipeline needs if left out.")
     ] = None,
     bridge_depth: Annotated[int, typer.Option(min=1, help="Blocks of a resampler.")] = 2,
     tokens: Annotated[
@@ -52,9 +53,16 @@ def align(
         bool, typer.Option("--train-backbone", help="Train the encoder's own layers too, held to ANCHORS.")
     ] = False,
     token_steps: Annotated[int, typer.Option(min=0, help="Steps between token states, without the denoiser.")] = 2000,
+    closed_form_prompts: Annotated[
+        int, typer.Option(min=0, help="Texts of the ridge regression that comes first; 0 leaves it out.")
+    ] = 4096,
     denoiser_steps: Annotated[int, typer.Option(min=0, help="Steps through the frozen denoiser.")] = 500,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts of a step between token states.")] = 64,
     denoiser_batch_size: Annotated[int, typer.Option(min=1, help="Texts of a step through the denoiser.")] = 16,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="Of the teacher's pictures; a small one is quick, and the text the same.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="See --height.")] = None,
     guidance: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Guidance of the teacher's sampling.")] = "2,5",
     learning_rate: Annotated[float, typer.Option(min=0, help="Of the bridge's matrices.")] = 4e-3,
     denoiser_learning_rate: Annotated[
@@ -90,11 +98,13 @@ def align(
         layers=layers,
         lora_rank=lora_rank,
         train_backbone=train_backbone,
+        closed_form_prompts=closed_form_prompts,
         token_steps=token_steps,
         denoiser_steps=denoiser_steps,
         batch_size=batch_size,
         denoiser_batch_size=denoiser_batch_size,
         guidance_scale=(low, high),
+        call={name: size for name, size in (("height", height), ("width", width)) if size is not None},
         learning_rate=learning_rate,
         denoiser_learning_rate=denoiser_learning_rate,
         patience=patience,
@@ -102,19 +112,23 @@ def align(
         seed=seed,
         mixed_precision=mixed_precision,
     )
+    out = out.expanduser()
     pipe = load_pipeline(pipeline, device=device, dtype="float32")
-    made = run(
+    run(
         pipe, _load(find_encoder(encoder)), prompts, out, options, held_out=held_out, pictures=pictures, anchors=anchors
-    )  # fmt: skip
-    if report:
+    )
+    if report and not hasattr(pipe, "image_processor"):
+        print(f"no report: {type(pipe).__name__} makes no pictures", file=sys.stderr)
+    elif report:
         from textcond.folders import read_json
 
         lines = read_json(out / "alignment.json")["held_out_prompts"][:REPORTED]
         evaluate_conditioning(
             pipe,
-            {out.name: made},
+            {"aligned": out},
             [Case(prompt=text, english=english) for english, text in lines],
             controls=["raw"],
+            slot=slot,
             cache=out / "report" / "cache",
             show_progress_bar=True,
         ).save(out / "report")

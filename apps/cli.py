@@ -142,14 +142,16 @@ def generate(
     with _progress() as progress:
         task = progress.add_task("loading the pipeline", total=None)
         quiet_libraries()
-        from .generation import draw, prompt_length
+        from .generation import draw, longest_reader, prompt_length
         from .loading import load_pipeline
 
         pipe = load_pipeline(first.pipeline, encoder=first.encoder, device=device, dtype=dtype)
         for kind in ("prompt", "negative_prompt"):
-            length = prompt_length(pipe.tokenizer, getattr(first, kind)) if getattr(pipe, "tokenizer", None) else None
-            if length and length.truncated:
-                _note(f"{kind.replace('_', ' ')}: {length.notice()}")
+            with contextlib.suppress(ValueError):  # of a pipeline that is not known this cannot be told
+                tokenizer, padded = longest_reader(pipe)
+                length = prompt_length(tokenizer, getattr(first, kind), padded)
+                if length.truncated:
+                    _note(f"{kind.replace('_', ' ')}: {length.notice()}")
         for job, name, path in zip(jobs, names, paths):
             progress.reset(task, total=job.num_inference_steps, description=f"drawing {name.name}")
             image, made = draw(pipe, job, lambda done, total, _: progress.update(task, completed=done, total=total))

@@ -16,7 +16,7 @@ from textcond.folders import read_json
 from textcond.index.prompt_index import LONGEST_QUERY
 
 from .finder import Finder, open_index
-from .generation import draw, prompt_length
+from .generation import draw, longest_reader, prompt_length
 from .loading import find_encoder, load_pipeline
 from .metadata import NATIVE, REFERENCE, Parameters, usual_encoder
 
@@ -159,9 +159,8 @@ class Engine:
             began = time.monotonic()
             tokens = arguments(pipe, [prompt])["prompt_embeds"].float().cpu()
             seconds = time.monotonic() - began
-            # The last one reads the most: in SDXL and SD3 it is the larger.
-            tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
-            length = prompt_length([one for one in tokenizers if one is not None][-1], prompt)
+            tokenizer, padded = longest_reader(pipe)
+            length = prompt_length(tokenizer, prompt, padded)
             return Read(length.tokens, length.limit, tokens[0].mean(0).numpy(), seconds)
 
     def save(self, path: Path, parameters: Parameters) -> int:
@@ -278,13 +277,16 @@ class Engine:
                 self._pipe = load_pipeline(self.name, device=self.device, dtype=self.dtype)
         return self._pipe
 
-    def _loaded(self, encoder: str) -> PreTrainedModel:
-        from textcond.pipelines.swap import load_encoder
+    def _loaded(self, encoder: str) -> PreTrainedModel | str:
+        from textcond.pipelines.families import denoiser_of
+        from textcond.pipelines.swap import CONNECTOR, load_encoder
 
         with self._loading:
             if encoder not in self._encoders:
-                unet = self._pipeline().unet
-                loaded = load_encoder(find_encoder(encoder), dtype=unet.dtype, device=unet.device)
+                denoiser, folder = denoiser_of(self._pipeline()), find_encoder(encoder)
+                if (Path(folder) / CONNECTOR).is_file():
+                    return folder  # the swap reads both
+                loaded = load_encoder(folder, dtype=denoiser.dtype, device=denoiser.device)
                 self._encoders = dict([*self._encoders.items(), (encoder, loaded)][-KEPT_ENCODERS:])
             return self._encoders[encoder]
 

@@ -124,6 +124,27 @@ def default_guidance(pipe: DiffusionPipeline, name: str) -> float:
     return float(parameter.default) if parameter and isinstance(parameter.default, (int, float)) else 1.0
 
 
+def longest_reader(pipe: DiffusionPipeline) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of the encoder that is given most of a prompt, and how many tokens that is.
+
+    Raises:
+        ValueError: the pipeline has no tokenizer, or is of no supported family.
+    """
+    from textcond.original import PackedTokenizer
+    from textcond.pipelines.contracts import padded_length, slots_of
+
+    readers = []
+    for slot in slots_of(pipe).values():
+        tokenizer = getattr(pipe, slot.tokenizer)
+        if isinstance(tokenizer, PackedTokenizer):  # of which the new encoder's part is the last
+            readers.append((tokenizer.others[-1], tokenizer.others[-1].model_max_length))
+        elif tokenizer is not None and getattr(pipe, slot.name) is not None:
+            readers.append((tokenizer, padded_length(pipe, slot, tokenizer)))
+    if not readers:
+        raise ValueError(f"{type(pipe).__name__} has no tokenizer: load one")
+    return max(readers, key=lambda reader: reader[1])
+
+
 @dataclass(frozen=True)
 class PromptLength:
     """How much of a prompt an encoder reads: the first `limit` of its `tokens` (specials left out), the text `kept`."""
@@ -145,8 +166,8 @@ class PromptLength:
         )
 
 
-def prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str) -> PromptLength:
-    """Count the tokens of `prompt` and find where the encoder stops reading."""
+def prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str, padded: int | None = None) -> PromptLength:
+    """Count the tokens of `prompt`, and find where an encoder stops reading that is given `padded`; None: its limit."""
     ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    limit = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    limit = (padded or tokenizer.model_max_length) - tokenizer.num_special_tokens_to_add()
     return PromptLength(len(ids), limit, tokenizer.decode(ids[:limit], skip_special_tokens=True).strip())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import re
 import sys
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 index = typer.Typer(help="Make and keep indexes of prompts and pictures, which `textcond search` looks into.")
 
 THUMBNAIL_WIDTH = 24  # character cells; half as many high, of two pixels each
-FILTER = re.compile(r"([^=<>]+?)\s*(>=|<=|=|>|<)\s*(.*)", re.DOTALL)
+FILTER = re.compile(r"([^=<>!]*[^=<>!\s])\s*(>=|<=|=|>|<)\s*((?![=<>]).*)", re.DOTALL)
 BOUNDS = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}
 
 IndexArgument = Annotated[
@@ -240,7 +241,7 @@ def search(
         console.print(hits_table(hits, pictures=pictures and console.color_system in ("256", "truecolor")))
     else:
         for hit in hits:
-            print(f"{hit.score:.3f}  {' '.join(hit.text.split())}")
+            print(f"{hit.score:.3f}  {' '.join(hit.text.split()) or hit.metadata.get('path', hit.id)}")
 
 
 def parse_filters(given: Sequence[str]) -> dict[str, Any]:
@@ -253,9 +254,13 @@ def parse_filters(given: Sequence[str]) -> dict[str, Any]:
     for text in given:
         found = FILTER.fullmatch(text.strip())
         if found is None:
-            raise ValueError(f"filter {text!r} is not KEY=VALUE, KEY>=VALUE or the like")
+            raise ValueError(f"filter {text!r} is not KEY=VALUE, nor one with >, <, >= or <= for =")
         key, sign, value = found[1].strip(), found[2], _typed(found[3])
         before = wanted.get(key)
+        if sign in BOUNDS and isinstance(before, dict) and BOUNDS[sign] in before:
+            raise ValueError(f"filters on {key!r} give {sign} twice: pass one of them")
+        if sign in BOUNDS and isinstance(value, bool):
+            raise ValueError(f"filter {text!r} compares with a truth value: pass {key}={found[3]}")
         if sign in BOUNDS and (before is None or isinstance(before, dict)):
             wanted[key] = (before or {}) | {BOUNDS[sign]: value}
         elif sign == "=" and not isinstance(before, dict):
@@ -271,7 +276,8 @@ def _typed(text: str) -> Any:
         value = json.loads(text)
     except ValueError:
         return text
-    return value if isinstance(value, (str, int, float)) else text
+    finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return value if finite or isinstance(value, str) else text
 
 
 def hits_table(hits: Sequence[Hit], *, pictures: bool) -> Table:

@@ -169,6 +169,13 @@ class TimestepAwareUNet(UNet2DConditionModel):
         connector.load_state_dict(weights, assign=True)
         return cls._join(unet, connector)
 
+    def stock_unet(self) -> UNet2DConditionModel:
+        """The UNet without its connector; both share every other module."""
+        with init_empty_weights():
+            model = UNet2DConditionModel.from_config(self.config, encoder_hid_dim=None, encoder_hid_dim_type=None)
+        _take_modules(model, self)
+        return model.train(self.training)
+
     def save_connector(self, file: str | Path) -> None:
         """Write the connector alone as safetensors: a small file beside an encoder, for anyone's copy of the UNet."""
         write_tensors(Path(file), self.connector.state_dict())
@@ -183,12 +190,7 @@ class TimestepAwareUNet(UNet2DConditionModel):
         kind, width = _KIND.format(tokens=tokens, depth=depth), connector.proj_in.in_features
         with init_empty_weights():
             model = cls.from_config(unet.config, encoder_hid_dim=width, encoder_hid_dim_type=kind)
-        for name, module in unet.named_children():
-            setattr(model, name, module)
-        # Names of the adapters in those modules.
-        for name in ("peft_config", "_hf_peft_config_loaded"):
-            if hasattr(unet, name):
-                setattr(model, name, getattr(unet, name))
+        _take_modules(model, unet)
         model.connector = connector.to(unet.device, unet.dtype)
         return model.train(unet.training)
 
@@ -213,6 +215,16 @@ class TimestepAwareUNet(UNet2DConditionModel):
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Denoise as the stock UNet does, under what the connector reads of the text at this timestep."""
         return super().forward(sample, timestep, self.connector(encoder_hidden_states, timestep), *args, **kwargs)
+
+
+def _take_modules(model: UNet2DConditionModel, unet: UNet2DConditionModel) -> None:
+    for name, module in unet.named_children():
+        if name != "connector":
+            setattr(model, name, module)
+    # Names of the adapters in those modules.
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        if hasattr(unet, name):
+            setattr(model, name, getattr(unet, name))
 
 
 def controlnet_problems(pipe: DiffusionPipeline) -> list[str]:

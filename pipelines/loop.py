@@ -120,7 +120,7 @@ def fit(
             noise on what is to be met, and with it attention takes its slow path.
 
     Raises:
-        RuntimeError: a figure that is not finite; it names the figure and the step.
+        RuntimeError: a figure that is not finite, before it reaches the weights; it names the figure and the step.
     """
     module.to(accelerator.device)
     # Neither accelerate's precision, which is one for the whole process, nor its wrapper for distributed training: the
@@ -150,9 +150,13 @@ def fit(
                     break
                 optimizer.set_rate(warmup_stable_decay(step, steps, warmup, decay))
                 value, figures = loss(prepared, step)
+                figures = {"loss": value.item(), **figures}
+                for key, figure in figures.items():
+                    _finite(name, key, figure, step)
                 accelerator.backward(value)
                 average_gradients(optimizer.parameters, accelerator)
-                accelerator.clip_grad_norm_(optimizer.parameters, 1.0)
+                norm = accelerator.clip_grad_norm_(optimizer.parameters, 1.0)
+                _finite(name, "gradient", norm.item(), step)
                 with interruptions.held():
                     optimizer.step()
                     optimizer.zero_grad()
@@ -160,9 +164,7 @@ def fit(
                     since += 1
                     if state.average:
                         state.average.update(module, step)
-                for key, figure in {"loss": value.item(), **figures}.items():
-                    if not math.isfinite(figure):
-                        raise RuntimeError(f"{name}: {key} became {figure} at step {step}")
+                for key, figure in figures.items():
                     shown[key] = shown.get(key, figure) * 0.98 + figure * 0.02
                 bar.update()
                 if step % 20 == 0:
@@ -180,6 +182,14 @@ def fit(
             state.save(checkpoint)
     accelerator.wait_for_everyone()
     return state.result()
+
+
+def _finite(name: str, key: str, figure: float, step: int) -> None:
+    if not math.isfinite(figure):
+        raise RuntimeError(
+            f"{name}: {key} became {figure} at step {step + 1}: begin again, in another folder, with a lower learning "
+            "rate"
+        )
 
 
 class _InBfloat16(nn.Module):

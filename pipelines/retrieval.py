@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from textcond import Hit, PromptIndex
+from textcond.index.prompt_index import LONGEST_QUERY
 from textcond.original import PackedTokenizer
 from textcond.words import words
 
@@ -130,7 +131,13 @@ def suggest(index: PromptIndex, prompt: str, k: int = NEIGHBOURS) -> list[Hit]:
     """
     if not prompt.strip():
         return []
-    hits = [hit for hit in index.search(prompt, k=k + 1) if words(hit.text) != words(prompt)][:k]
+    prompt = prompt[:LONGEST_QUERY]
+    for depth in (k + 1, 8 * (k + 1)):
+        found = index.search(prompt, k=depth)
+        # A picture without a prompt says nothing here.
+        hits = [hit for hit in found if hit.text.strip() and words(hit.text) != words(prompt)][:k]
+        if len(hits) == k or len(found) < depth:
+            break
     if hits:
         near = _unit(index.encoder.encode([hit.text for hit in hits], kind="document"))
         query = _unit(index.encoder.encode([prompt], kind="query"))[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -57,7 +58,8 @@ def swap_text_encoder(
         pipe: a pipeline of one of the `FAMILIES`.
         encoder: a ConditioningEncoder (WithProjection where `inspect_pipeline` says so), a stock CLIP text model or T5
             encoder, or the folder or hub id of one, which is then loaded with the dtype and device of the denoiser; the
-            connector of a TimestepAwareUNet that lies beside it is put before the UNet too.
+            connector of a TimestepAwareUNet that lies beside it is put before the UNet too, and one that is there for
+            another encoder taken away.
         slot: which encoder to replace. None replaces all, so that one encoder serves the whole pipeline: in SDXL
             through `text_encoder_2`, with the first left empty and `prompt_2` not read; in SD3 and Flux from both of
             the first two slots, with SD3's third left empty: load what you save of it with `text_encoder_3=None,
@@ -76,12 +78,14 @@ def swap_text_encoder(
     """
     slots, targets = slots_of(pipe), _targets(pipe, slot)
     new: dict[str, object] = {}
+    denoiser = denoiser_of(pipe)
     if isinstance(encoder, (str, Path)):
-        denoiser = denoiser_of(pipe)
         connector = model_folder(encoder) / CONNECTOR
         if connector.is_file():
-            new[family_of(pipe).denoiser] = TimestepAwareUNet.with_connector(denoiser, connector)
+            new[family_of(pipe).denoiser] = TimestepAwareUNet.with_connector(_stock(denoiser), connector)
         encoder = load_encoder(encoder, dtype=denoiser.dtype, device=denoiser.device)
+    if not new and isinstance(denoiser, TimestepAwareUNet) and _bridge(encoder) not in (None, "identity"):
+        new[family_of(pipe).denoiser] = _stock(denoiser)  # this encoder has a bridge of its own
     # What the slots expect is read from the denoiser that will be there.
     fitted = copy.copy(pipe)
     fitted.register_modules(**new)
@@ -226,6 +230,14 @@ def clip_text_encoder(
     if isinstance(model, CLIPTextModelWithProjection):
         return TextEncoder(model.text_model, tokenizer, config, model.text_projection)
     return TextEncoder(model, tokenizer, config)
+
+
+def _stock(denoiser: nn.Module) -> nn.Module:
+    return denoiser.stock_unet() if isinstance(denoiser, TimestepAwareUNet) else denoiser
+
+
+def _bridge(encoder: object) -> str | None:
+    return encoder.config.bridge if isinstance(encoder, ConditioningEncoder) else None
 
 
 def _keeping_original(

@@ -32,7 +32,7 @@ METADATA = [
     {"a.b": "x", "ü \"q' \\": "y", "steps": -1e-3},
     {"": 1, "done": 1},
     {"style": ["noto"], "steps": True},
-    {},
+    {"steps": -0.0, "mark": 'a"\x01\n\\'},
 ]
 FILTERS = [
     {},
@@ -49,6 +49,7 @@ FILTERS = [
     {"steps": {"lte": -0.001}},
     {"steps": {"gte": 20, "lt": float("inf")}},
     {"seed": {"gt": 10**30}},
+    {"seed": {"lt": 10**400, "gt": -(10**5000)}},
     {"steps": {"gte": "2"}},
     {"steps": [None, "20"]},
     {"seed": 2**60 + 1},
@@ -61,6 +62,18 @@ FILTERS = [
     {"ü \"q' \\": "y"},
     {"style": "noto", "done": True, "steps": {"gt": 30}},
     {"nested": "x"},
+    {"steps": 0},
+    {"steps": [*range(1000, 1990), 0, 50.0, "20", None, True, 30.5]},
+    {"style": [*(f"style {number}" for number in range(900)), "noto", "言語", 3]},
+    {"style": [None, *(f"style {number}" for number in range(900))]},
+    {"mark": 'a"\x01\n\\'},
+    {"mark": {"gte": 'a"\x01\n\\'}},
+    {"mark": {"gt": 'a"\x01\n\\'}},
+    {"mark": {"gt": "a!", "lt": "a#"}},
+    {"mark": {"gt": 'a"\x00\x7f', "lt": 'a"\x01\n\\\x00'}},
+    {"mark": {"lt": 'a"\x01\n[', "gt": 'a"\x01\n'}},
+    {"style": {"gt": "it's", "lt": "ｚ"}},
+    {"ü \"q' \\": {"gte": "y"}},
     {"absent": "'; DROP TABLE rows; --"},
 ]
 
@@ -175,6 +188,44 @@ class StoreConformance:
         for found in (store.dense(vector, 30, None, True), store.lexical(["fox"], 30, None)):
             assert [row.id for row, _ in found] == [f"{place:02}" for place in range(20)]
             assert len({score for _, score in found}) == 1
+
+    def test_equal_rows_come_in_the_order_of_ids_where_k_cuts_them(self, open_store):
+        store = open_store()
+        store.set_info({"dim": DIM})
+        best, equal = rows()[0].vector, rows()[1].vector
+        store.upsert([Row(f"{(place * 7) % 50:02}", "a fox", {}, equal) for place in range(50)])
+        store.upsert([Row("z", "fox", {}, best)])
+        for k in (1, 3, 20):
+            expected = ["z", *(f"{place:02}" for place in range(k - 1))]
+            assert [row.id for row, _ in store.dense(best, k, None, True)] == expected
+            assert [row.id for row, _ in store.lexical(["fox"], k, None)] == expected
+
+    def test_a_search_for_the_most_rows_is_answered(self, store):
+        k = 100_000 if store.most is None else store.most
+        assert len(store.dense(rows()[0].vector, k, None, False)) == len(TEXTS)
+        assert len(store.lexical(["fox"], k, None)) == 2
+
+    @pytest.mark.slow
+    def test_a_filter_at_its_limits_is_answered(self, store):
+        values = [*range(500), *(f"x{number}" for number in range(500))]
+        wanted = {f"field {number}": values for number in range(99)} | {"steps": values}
+        assert store.dense(rows()[0].vector, 5, wanted, False) == store.lexical(["fox"], 5, wanted) == []
+
+    def test_half_a_surrogate_pair_is_one_sentence(self, store):
+        half, vector = "fox \ud83e", rows()[0].vector
+        for use in (
+            lambda: store.count({"style": half}),
+            lambda: store.dense(vector, 3, {half: 1}, False),
+            lambda: store.delete(["id 0'", half], None),
+            lambda: store.get([half], vectors=False, images=False),
+            lambda: store.upsert([rows()[0], Row(half, "a fox", {}, vector)]),
+            lambda: store.upsert([Row("new", half, {}, vector)]),
+            lambda: store.upsert([Row("new", "a fox", {"deep": [{half: 1}]}, vector)]),
+        ):
+            with pytest.raises(ValueError, match=r"\\ud83e.* holds half of a surrogate pair: write it again as UTF-8"):
+                use()
+        assert store.count(None) == len(TEXTS)
+        store.lexical(query_terms(half), 3, None)
 
     @pytest.mark.parametrize(
         ("query", "places"),

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import tiny
+import tiny_audio
 import tiny_families
 import torch
 from accelerate import Accelerator
@@ -432,6 +433,13 @@ def test_without_an_adapter_the_backbone_stays_bit_for_bit(tmp_path):
     ("option", "message"),
     [
         ({"guidance_scale": (0.5, 2.0)}, "guidance_scale=0.5,2.0"),
+        ({"guidance_scale": (2.0, float("inf"))}, "guidance_scale=2.0,inf"),
+        ({"seed": -1}, "seed=-1: give 0 or more"),
+        ({"bridge_depth": 0}, "bridge_depth=0: give 1 or more"),
+        ({"patience": 0}, "patience=0: give 1 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: give a positive number"),
+        ({"bridge": "bride"}, "bridge='bride': use linear, mlp, resampler or timestep"),
+        ({"layers": "zz"}, "layers='zz': use last or average"),
         ({"token_steps": -1}, "token_steps=-1"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"lora_rank": 2, "train_backbone": True}, "give one of them"),
@@ -493,3 +501,48 @@ if __name__ == "__main__":
     from pathlib import Path
 
     align_for_processes(Path(sys.argv[1]), **({"token_steps": int(sys.argv[2])} if len(sys.argv) > 2 else {}))
+
+
+def test_a_connector_for_sdxl_is_aligned_through_one_encoder(tmp_path):
+    pipe = tiny.stable_diffusion_xl()
+    options = AlignmentOptions(**SHORT | {"bridge": "timestep", "token_steps": 2, "denoiser_steps": 2})
+    align(pipe, tiny.text_encoder("bert"), prompts(), tmp_path / "aligned", options)
+    swap_text_encoder(pipe, tmp_path / "aligned")
+    assert tiny.generate(pipe).isfinite().all()
+
+
+def test_held_out_prompts_leave_those_that_are_trained_on(tmp_path):
+    given, kept = prompts(), prompts()[:4]
+    training = read_prompts(given).without(kept)
+    assert set(training.teacher) == set(given) - set(kept)
+    with pytest.raises(ValueError, match="leaves none to train on"):
+        read_prompts(kept).without(given)
+    options = AlignmentOptions(**SHORT | {"token_steps": 1, "denoiser_steps": 0})
+    with pytest.raises(ValueError, match="leaves none to train on"):
+        align(tiny.stable_diffusion(), tiny.text_encoder("bert"), kept, tmp_path, options, held_out=given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "message"),
+    [
+        ({}, {"anchors": ["a gull"]}, "give train_backbone or lora_rank"),
+        ({"denoiser_steps": 0}, {"pictures": "nowhere"}, "pictures are read in denoiser steps"),
+        ({"bridge": "mlp"}, {"encoder": "conditioning"}, "bridge='mlp', and the encoder goes on with"),
+        ({"tokens": 5}, {"encoder": "conditioning"}, "tokens=5, and the encoder goes on with"),
+        ({"call": {"hieght": 16}}, {}, "takes no hieght"),
+        ({"bridge": "timestep"}, {"pipe": tiny_families.flux}, "before a UNet2DConditionModel"),
+        ({}, {"pipe": tiny_audio.musicldm}, "cannot teach: .*mend_clap"),
+    ],
+)
+def test_what_would_fail_later_or_be_ignored_is_refused_at_once(tmp_path, changes, given, message):
+    pipe = given.pop("pipe", tiny.stable_diffusion)()
+    make = {"conditioning": tiny.conditioning, "bert": tiny.text_encoder}[given.get("encoder", "bert")]
+    given = {name: value for name, value in given.items() if name != "encoder"}
+    with pytest.raises(ValueError, match=message):
+        align(pipe, make(), prompts(), tmp_path / "out", AlignmentOptions(**SHORT | changes), **given)
+    assert not (tmp_path / "out" / "alignment").exists()
+
+
+def test_pictures_are_refused_at_once_where_latents_are_packed(pictures):
+    with pytest.raises(ValueError, match="FluxPipeline has no plain latents"):
+        CaptionedPictures(tiny_families.flux(), pictures)

@@ -78,3 +78,18 @@ def test_bad_input_is_one_line_and_nothing_is_left_behind(run, folder, changes, 
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not (folder / "bad" / "config.json").exists()
+
+
+def test_an_encoder_is_reported_through_its_connector_and_may_have_any_name(run, folder):
+    code, _, err = run(*ALIGN, *SHORT, "--bridge", "timestep", "--closed-form-prompts", "0", "--out", "raw")
+    assert code == 0, err
+    assert "aligned" in (folder / "raw" / "report" / "report.md").read_text()
+    code, _, err = run("eval", "conditioning", "-p", "pipeline", "-e", "raw,encoder", "--prompts", "prompts.txt",
+                       "--out", "again", "--steps", "2", "--limit", "2")  # fmt: skip
+    assert code == 1
+    assert "an encoder is named 'raw', as a control is" in err
+    (folder / "raw").rename(folder / "through")
+    code, _, err = run("eval", "conditioning", "-p", "pipeline", "-e", "through", "--prompts", "prompts.txt",
+                       "--out", "through-report", "--steps", "2", "--limit", "2")  # fmt: skip
+    assert code == 0, err
+    assert "random" in (folder / "through-report" / "report.md").read_text()

@@ -313,9 +313,9 @@ def test_a_search_that_finds_nothing_says_so(run, built):
 
 
 def test_filters_are_read_as_values_lists_and_bounds():
-    given = ["a=1", "b=x y", "c=true", 'd="7"', "e=1", "e=2", "e=3", "f>=1", "f<2.5", "g=", "h=a=b", "i=null"]
+    given = ["a=1", "b=x y", "c=true", 'd="7"', "e=1", "e=2", "e=3", "f>=1", "f<2.5", "g=", "h=a=b", "i=null", "j=NaN"]
     told = {"a": 1, "b": "x y", "c": True, "d": "7", "e": [1, 2, 3], "f": {"gte": 1, "lt": 2.5}, "g": "", "h": "a=b"}
-    assert parse_filters(given) == told | {"i": "null"}
+    assert parse_filters(given) == told | {"i": "null", "j": "NaN"}
 
 
 @pytest.mark.parametrize(
@@ -326,6 +326,10 @@ def test_filters_are_read_as_values_lists_and_bounds():
         (["fox", "--image", "a.png"], 2, "pass either"),
         (["fox", "--filter", "style"], 1, "filter 'style' is not KEY=VALUE"),
         (["fox", "--filter", "a=1", "--filter", "a>2"], 1, "both a value and a bound"),
+        (["fox", "--filter", "steps!=20"], 1, "filter 'steps!=20' is not KEY=VALUE"),
+        (["fox", "--filter", "steps==20"], 1, "filter 'steps==20' is not KEY=VALUE"),
+        (["fox", "--filter", "a>=1", "--filter", "a>=2"], 1, "filters on 'a' give >= twice"),
+        (["fox", "--filter", "steps>true"], 1, "compares with a truth value"),
         (["fox", "--mode", "fuzzy"], 1, "mode 'fuzzy' is unknown"),
         (["--image", "none.png"], 1, "none.png"),
         (["--image", "bad.png"], 1, "bad.png is not a readable"),

@@ -4,6 +4,8 @@ import json
 import logging
 import math
 
+import datasets
+import pyarrow.parquet
 import pytest
 
 from textcond.data import Example, read_examples, write_examples
@@ -116,6 +118,41 @@ def test_bytes_that_are_not_utf8_and_cut_gzip_are_named(tmp_path):
     (tmp_path / "c.csv").write_bytes("query,positive\nq,😀\n".encode() + "q,😀".encode() + b"\xff\nq,p\n")
     with pytest.raises(ValueError, match=r"c\.csv:3: not UTF-8"):
         list(read_examples(tmp_path / "c.csv", "csv"))
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("code", ["utf-16", "latin-1"])
+def test_a_table_in_another_encoding_is_named(tmp_path, name, code, on_error):
+    sign = "\t" if name.endswith("tsv") else ","
+    (tmp_path / name).write_bytes(f"query{sign}größe\nq{sign}p\nq{sign}p\n".encode(code))
+    with pytest.raises(ValueError, match=rf"{name}.* not UTF-8.*: convert (it|the file) to UTF-8"):
+        list(read_examples(tmp_path / name, name[2:], on_error=on_error))
+
+
+DAMAGED = {
+    "pages": lambda content: content[:4] + b"\xff" * (len(content) // 2) + content[4 + len(content) // 2 :],
+    "foot": lambda content: content[:-40] + b"\xff" * 32 + content[-8:],
+    "text": lambda content: content.replace(b"positive 7", b"positive\xff7"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_parquet_file_is_named(tmp_path, damage):
+    path = tmp_path / "a.parquet"
+    rows = [{"query": f"query {row}", "positive": f"positive {row}"} for row in range(3000)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="none")
+    path.write_bytes(DAMAGED[damage](path.read_bytes()))
+    with pytest.raises(ValueError, match=r"a\.parquet is not a whole Parquet file \(.+\): download or write it again$"):
+        list(read_examples(path, "parquet"))
+
+
+def test_a_damaged_datasets_folder_is_named(tmp_path):
+    datasets.Dataset.from_list([{"query": "q", "positive": "p"}] * 100).save_to_disk(tmp_path / "set")
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"\.arrow is not a whole Arrow file \(.+\): download or write it again$"):
+        list(read_examples(tmp_path / "set"))
 
 
 # sentence-transformers

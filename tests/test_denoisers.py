@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from tiny import conditioning, generate, stable_diffusion, stable_diffusion_xl, text_encoder
+from tiny import conditioning, generate, stable_diffusion, stable_diffusion_xl, text_encoder, token_ids
 
 from textcond.bridges import ResamplerBridge
 from textcond.pipelines import TimestepAwareUNet, inspect_pipeline, swap_text_encoder
@@ -300,3 +300,36 @@ def test_a_replayed_trajectory_trains_the_connector_alone():
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
     assert all(block.modulation.weight.abs().sum() > 0 for block in pipe.unet.connector.blocks)
+
+
+def test_a_connector_leaves_with_the_encoder_that_it_came_with(tmp_path):
+    pipe, plain = aware(), stable_diffusion()
+    pipe.unet.save_connector(tmp_path / "connector.safetensors")
+    stock, bridged = plain.unet, conditioning()
+    pipe.text_encoder.save_pretrained(tmp_path)  # and a connector that lay there before is gone
+    assert not (tmp_path / "connector.safetensors").exists()
+    pipe.unet.save_connector(tmp_path / "connector.safetensors")
+    swap_text_encoder(plain, tmp_path)
+    first = generate(plain)
+    swap_text_encoder(plain, tmp_path)
+    assert torch.equal(generate(plain), first)
+    swap_text_encoder(plain, bridged)
+    assert type(plain.unet) is type(stock)
+    assert all(ours is theirs for ours, theirs in zip(plain.unet.parameters(), stock.parameters(), strict=True))
+    expected = stable_diffusion()
+    swap_text_encoder(expected, bridged)
+    assert torch.equal(generate(plain), generate(expected))
+
+
+def test_an_encoder_for_a_connector_reads_no_padding_and_gives_as_many_states():
+    encoder = conditioning(bridge="identity", tokens=40)
+    ids = token_ids(encoder, ["a red fox", "a dog in winter"], length=40)
+    read = []
+    hook = encoder.backbone.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"].shape[1]),
+                                                      with_kwargs=True)  # fmt: skip
+    states = encoder(ids).last_hidden_state
+    hook.remove()
+    assert states.shape[1] == 40
+    assert read[0] < 40
+    assert not states[:, read[0] :].any()
+    assert states[:, : read[0]].any(-1).any(0).all()

@@ -2,6 +2,8 @@ import threading
 
 import numpy as np
 import pytest
+import tiny
+import tiny_families
 from PIL import Image
 from tiny_reference import PROMPTS
 
@@ -9,6 +11,7 @@ from textcond import PromptIndex, TextEncoder
 from textcond.apps.engine import Engine
 from textcond.apps.finder import Finder, open_index
 from textcond.apps.metadata import NATIVE, Parameters
+from textcond.pipelines import TimestepAwareUNet, make_encoder
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +118,24 @@ def test_a_picture_that_several_rows_share_is_found_once(demo):
     shown = [hit.image and hit.image.getpixel((0, 0)) for hit in found]
     assert sorted(map(str, shown)) == ["(0, 0, 255)", "(255, 0, 0)", "None", "None"]
     assert {hit.id for hit in finder.search("red fox", 2)} < {hit.id for hit in found}
+
+
+def test_any_family_of_denoisers_takes_an_encoder(tmp_path):
+    pipe = tiny_families.pixart()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    encoder = make_encoder(pipe, tiny.text_encoder())
+    encoder.save_pretrained(tmp_path / "encoder")
+    engine = Engine(str(tmp_path / "pipeline"))
+    with engine._conditioned(str(tmp_path / "encoder")) as conditioned:
+        assert conditioned.text_encoder.config.bridge == "mlp"
+
+
+def test_an_encoder_brings_its_connector(demo, tmp_path):
+    engine = Engine(demo.pipeline, demo.index)
+    unet = engine._pipeline().unet
+    aware = TimestepAwareUNet.from_unet(unet, 32, tokens=6, depth=1)
+    tiny.conditioning(bridge="identity", tokens=40).save_pretrained(tmp_path / "encoder")
+    aware.save_connector(tmp_path / "encoder" / "connector.safetensors")
+    with engine._conditioned(str(tmp_path / "encoder")) as pipe:
+        assert isinstance(pipe.unet, TimestepAwareUNet)
+    assert engine._pipeline().unet is unet

@@ -98,6 +98,36 @@ def test_metadata_are_json_and_pictures_are_found_beside_the_table(tmp_path, ind
     assert (hits["a fox"].image.size, hits["a dog"].image) == ((64, 48), None)
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_plain_numbers_and_truth_values_of_untyped_tables_are_no_texts(tmp_path, index, name):
+    cells = {
+        "steps": "20",
+        "cfg": "-7.50",
+        "top": str(2**63 - 1),
+        "low": str(-(2**63)),
+        "safe": "true",
+        "tiled": "false",
+    }
+    texts = {"id": "007", "hash": "1e5", "large": str(2**63), "space": " 5", "sum": "+5", "name": "True", "none": ""}
+    texts |= {"point": "5.", "nan": "NaN", "digits": "٣", "long": "1" * 5000}
+    path = write_table(
+        tmp_path / name, [{"text": "20"} | cells | texts, {"text": "a fox"} | cells | {"steps": "5"} | texts]
+    )
+    feed(index, path)
+    values = {"steps": 20, "cfg": -7.5, "top": 2**63 - 1, "low": -(2**63), "safe": True, "tiled": False}
+    (hit,) = index.rows({"steps": {"gte": 20}})
+    assert (hit.text, json.dumps(hit.metadata)) == ("20", json.dumps(values | texts, sort_keys=True))
+
+
+def test_rows_that_begin_with_an_object_are_no_part_of_diffusion_db(tmp_path, index):
+    row = {"meta": {"seed": 1, "p": 0.9}, "text": "a fox"}
+    (tmp_path / "a.json").write_text(json.dumps(row) + "\n" + json.dumps(row | {"text": "a dog"}) + "\n")
+    assert feed(index, tmp_path / "a.json").added == 2
+    (tmp_path / "part.json").write_text(json.dumps({"no-suffix": {"se": 3, "p": "a cat"}, "other": {"p": "a boar"}}))
+    assert feed(index, tmp_path / "part.json").added == 2
+    assert {hit.text for hit in index.rows()} == {"a fox", "a dog", "a cat", "a boar"}
+
+
 def test_diffusion_db_comes_under_our_names_without_persons(tmp_path, index):
     row = {"image_name": "1.png", "prompt": "a fox", "part_id": 7, "seed": 5, "step": 50, "cfg": 7.0, "sampler": 8}
     row |= {"width": 512, "height": 640, "user_name": "c2f2", "timestamp": None, "image_nsfw": 0.25, "prompt_nsfw": 0.5}
@@ -221,12 +251,26 @@ def test_bad_rows_are_counted_and_the_first_is_an_error_on_request(tmp_path, enc
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:40], "damaged or cut short"),
         ("a.json", b'{"1.png": {"p": "a"', "is not JSON"),
         ("a.csv", b"text,text\na,b\n", "name every column"),
+        ("a.csv", "prompt,seed\na,1\n".encode("utf-16"), "a.csv is not UTF-8: convert it to UTF-8"),
+        ("a.csv", "prompt,seed\na,1\n".encode("utf-16-le"), "a.csv is not UTF-8: convert it to UTF-8"),
+        ("a.tsv", "prompt\tseed\na\t1\n".encode("utf-16"), "a.tsv is not UTF-8: convert it to UTF-8"),
+        ("a.tsv", "prompt\tseed\na\t1\n".encode("utf-16-be"), "a.tsv is not UTF-8: convert it to UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path, index, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         feed(index, tmp_path / name)
+
+
+def test_a_parquet_file_with_a_damaged_foot_is_named_with_a_progress_bar_too(tmp_path, index):
+    path = write_table(tmp_path / "a.parquet", [{"text": text} for text in PROMPTS])
+    content = bytearray(path.read_bytes())
+    foot = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[foot : foot + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet is not a whole Parquet file .*: download or write it again"):
+        feed(index, path, show_progress_bar=True)
 
 
 def test_a_missing_source_and_a_folder_without_pictures_are_named(tmp_path, index):
@@ -339,6 +383,70 @@ def test_a_mark_does_not_hide_what_changed(tmp_path, index):
     assert feed(index, path, mark=mark).added == 1
     mark.write_text(json.dumps({"rows": {str(path): [size, time_ns, 1]}}))
     assert feed(index, path, mark=mark, distinct=True).read == 1  # another kind of feed
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Feeds that end as a process does that is killed before its second batch of two."""
+
+    def run(index, *arguments, **options):
+        add, calls = PromptIndex.add, Counter()
+
+        def stopped(*given, **told):
+            calls["batches"] += 1
+            if calls["batches"] == 2:
+                raise KeyboardInterrupt
+            return add(*given, **told)
+
+        monkeypatch.setattr(PromptIndex, "add", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            feed(index, *arguments, batch_size=2, **options)
+        monkeypatch.setattr(PromptIndex, "add", add)
+
+    return run
+
+
+OTHER_OPTIONS = [
+    ({"text_column": "prompt"}, {"text_column": "caption"}),
+    ({"text_column": "caption"}, {}),
+    ({"split": "train"}, {"split": "test"}),
+    ({"thumbnails": 256}, {"thumbnails": 0}),
+]
+
+
+@pytest.mark.parametrize(("first", "then"), OTHER_OPTIONS)
+def test_a_mark_hides_no_row_from_a_feed_with_other_options(tmp_path, index, killed, first, then):
+    rows = [{"prompt": f"prompt {row}", "caption": f"caption {row}"} for row in range(6)]
+    splits = {name: datasets.Dataset.from_list(rows) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    mark = tmp_path / "mark"
+    killed(index, tmp_path / "set", mark=mark, **first)
+    assert feed(index, tmp_path / "set", mark=mark, **then).read == 6
+    assert feed(index, tmp_path / "set", mark=mark, **first).read == 4
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("unfinished", ["a.jsonl", "pictures"])
+def test_a_finished_feed_leaves_the_mark_of_another_source(tmp_path, index, killed, unfinished):
+    write_table(tmp_path / "a.jsonl", [{"text": f"prompt {row}"} for row in range(6)])
+    (tmp_path / "pictures").mkdir()
+    for number in range(6):
+        write_png(tmp_path / "pictures" / f"{number}.png", {"parameters": WEB_UI})
+    (tmp_path / "other.txt").write_text("a dog\n")
+    mark = tmp_path / "mark"
+    killed(index, tmp_path / unfinished, mark=mark)
+    assert feed(index, tmp_path / "other.txt", mark=mark).added == 1
+    assert mark.is_file()
+    report = feed(index, tmp_path / unfinished, mark=mark)
+    assert (report.read, report.added) == (4 if unfinished == "a.jsonl" else 6, 4)
+    assert not mark.exists()
+
+
+def test_a_source_without_a_usable_row_leaves_no_mark(tmp_path, index):
+    path = write_table(tmp_path / "a.jsonl", [{"body": "a fox"}])
+    with pytest.raises(ValueError, match="no column"):
+        feed(index, path, mark=tmp_path / "mark")
+    assert not (tmp_path / "mark").exists()
 
 
 LAUNCHED = """

@@ -3,14 +3,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny
+import tiny_families
 import torch
 from diffusers import DDIMScheduler
 from tiny_reference import TOKENS, clip_tokenizer
 
-from textcond.apps.generation import default_guidance, draw, prompt_length
+from textcond.apps.generation import default_guidance, draw, longest_reader, prompt_length
 from textcond.apps.loading import load_pipeline
 from textcond.apps.metadata import Parameters
 from textcond.apps.preview import expected_latents
+from textcond.pipelines import swap_text_encoder
 
 TWO_STEPS = Parameters("a red fox", seed=3, num_inference_steps=2, guidance_scale=3.0)
 
@@ -133,3 +135,19 @@ def test_tokens_are_counted_without_the_special_ones_and_the_cut_is_shown():
     assert (length.tokens, length.truncated, length.kept) == (40, True, "abcdefghij" * 3)
     assert "40 tokens" in length.notice()
     assert length.kept in length.notice()
+
+
+def test_the_encoder_that_reads_most_says_where_a_prompt_is_cut():
+    pipe = tiny_families.flux()
+    tokenizer, padded = longest_reader(pipe)
+    assert (tokenizer, padded) == (pipe.tokenizer_2, 512)
+    xl = tiny.stable_diffusion_xl()
+    swap_text_encoder(xl, tiny.conditioning(width=64, pooled_width=32))
+    assert longest_reader(xl)[0] is xl.tokenizer_2
+    mixed = tiny.stable_diffusion()
+    own, new = mixed.tokenizer, tiny.conditioning()
+    swap_text_encoder(mixed, new, keep_original="concatenate")
+    tokenizer, padded = longest_reader(mixed)
+    assert padded == new.tokenizer.model_max_length
+    assert tokenizer.get_vocab() == new.tokenizer.get_vocab() != own.get_vocab()
+    assert prompt_length(tokenizer, "a red fox", padded).tokens == prompt_length(new.tokenizer, "a red fox").tokens

@@ -243,6 +243,20 @@ def test_what_is_added_is_on_disk_at_once(tmp_path, model):
     (tmp_path / "photos/a.png").touch()
     with pytest.raises(FileExistsError, match="holds other files"):
         PromptIndex.create(tmp_path / "photos", model)
+    (tmp_path / "prompts.idx/index.json").rename(tmp_path / "kept")
+    with pytest.raises(FileExistsError, match=r"holds rows\.lance.* put that back, or choose another folder"):
+        PromptIndex.create(tmp_path / "prompts.idx", model)
+    (tmp_path / "kept").rename(tmp_path / "prompts.idx/index.json")
+    assert len(PromptIndex.open(tmp_path / "prompts.idx", model)) == 7
+
+
+def test_somebody_elses_tables_stay(tmp_path, model):
+    import lancedb
+
+    lancedb.connect(tmp_path / "foreign").create_table("pictures", [{"name": "cat", "content": b"cat"}])
+    with pytest.raises(FileExistsError):
+        PromptIndex.create(tmp_path / "foreign", model)
+    assert lancedb.connect(tmp_path / "foreign").open_table("pictures").count_rows() == 1
 
 
 def test_a_saved_index_gives_the_same_answers_and_is_one_folder(index, tmp_path, model):
@@ -438,6 +452,13 @@ def test_bad_queries_are_named(index):
         ({"a": [["x"]]}, TypeError, "asks for"),
         ({"a": float("nan")}, TypeError, "asks for nan"),
         ({3: "x"}, TypeError, "names metadata fields by strings"),
+        ({"a": list(range(50_000))}, ValueError, "'a' lists 50,000 values: at most 1,000 are asked for, split"),
+        ({f"field {n}": 1 for n in range(101)}, ValueError, "over 101 fields: at most 100"),
+        ({"a": "x\ud800"}, ValueError, r"filter 'a': 'x\\ud800' holds half of a surrogate pair: write it again"),
+        ({"a": {"lt": "\udfff"}}, ValueError, r"bound lt '\\udfff' holds half"),
+        ({"\ud800": 1}, ValueError, r"filter '\\ud800' holds half"),
+        ({"a": [1, 2**64]}, ValueError, r"'a' asks for an integer of 65 bits: .* to 2\*\*64 - 1"),
+        ({"a": -(10**5000)}, ValueError, "an integer of 16,610 bits"),
     ],
 )
 def test_bad_filters_are_named(index, wanted, error, message):
@@ -506,3 +527,55 @@ def test_a_save_that_fails_leaves_the_old_index(index, tmp_path, model, monkeypa
         index.save(tmp_path / "idx")
     assert len(PromptIndex.open(tmp_path / "idx", model)) == len(TEXTS)
     assert [path.name for path in tmp_path.iterdir()] == ["idx"]
+
+
+def test_a_rebuild_mixes_no_indexes_and_makes_changed_rows_anew(tmp_path):
+    index = PromptIndex.create(tmp_path / "old", encoder())
+    index.add(["a fox", "a whale"], ids=["fox", "whale"])
+    index.rebuild(tmp_path / "new", encoder(seed=1))
+    index.upsert(["a red fox"], ids=["fox"])
+    rebuilt = index.rebuild(tmp_path / "new", encoder(seed=1))
+    assert {row.id: row.text for row in rebuilt.rows()} == {"fox": "a red fox", "whale": "a whale"}
+    np.testing.assert_allclose(
+        rebuilt.store.get(["fox"], vectors=True, images=False)[0].vector,
+        encoder(seed=1).encode(["a red fox"], kind="document")[0],
+        atol=2e-3,
+    )
+    index.delete(["whale"])
+    with pytest.raises(ValueError, match=r"holds the row 'whale', which is not in .*old"):
+        index.rebuild(tmp_path / "new", encoder(seed=1))
+    with pytest.raises(ValueError, match="is the index itself"):
+        index.rebuild(tmp_path / "old", encoder(seed=1))
+
+
+def test_a_search_asks_a_store_for_no_more_than_it_gives(monkeypatch):
+    index = PromptIndex(encoder())
+    index.add([f"astronaut horse {'!' * place}" for place in range(60)])  # alike, but for one
+    index.add(["a fox"])
+    monkeypatch.setattr(index.store, "most", 40, raising=False)
+    asked, dense = [], index.store.dense
+    monkeypatch.setattr(index.store, "dense", lambda vector, k, *_, **__: asked.append(k) or dense(vector, k, *_, **__))
+    assert len(index.search("astronaut horse", k=5)) in (1, 2)
+    assert max(asked) == 40
+    with pytest.raises(ValueError, match="k=41: this store gives at most 40 rows"):
+        index.search("fox", k=41)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"texts": ["\ud800"]}, "text 0 .* half of a surrogate pair"),
+        ({"texts": ["fox"], "ids": ["\ud800"]}, "id 0 .* half of a surrogate pair"),
+        ({"texts": ["fox"], "metadata": [{"a": ["\ud800"]}]}, "metadata 0 .* half of a surrogate pair"),
+        ({"texts": ["fox"], "metadata": [{"a": [2**64]}]}, "its integers of 64 bits"),
+        ({"texts": ["fox"], "metadata": [{"a": -(2**63) - 1}]}, "its integers of 64 bits"),
+    ],
+)
+def test_what_no_store_can_keep_is_refused(given, message):
+    index = PromptIndex(encoder())
+    with pytest.raises((ValueError, TypeError), match=message):
+        index.add(**given)
+    with pytest.raises(ValueError, match=r"the query .* half of a surrogate pair"):
+        index.search("\ud800")
+    index.add(["fox"], metadata=[{"a": 2**64 - 1, "b": [-(2**63)]}])
+    assert len(index) == 1

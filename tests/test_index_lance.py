@@ -51,6 +51,51 @@ def test_a_read_writes_nothing(tmp_path):
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
 
 
+def test_a_filter_of_many_values_is_quick_and_kills_nothing(tmp_path):
+    store, vectors = store_of(tmp_path / "idx", 5000)
+    wanted = {"seed": [*range(999), None]}
+    start = time.monotonic()
+    assert (len(store.dense(vectors[0], 10, wanted, True)), store.count(wanted)) == (10, 5000)
+    assert time.monotonic() - start < 3
+
+
+def test_a_making_that_was_killed_goes_on(tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lance, "write_mark", killed)
+        with pytest.raises(KeyboardInterrupt):
+            LanceStore(tmp_path / "idx").set_info({"dim": 16})
+    (tmp_path / "idx/.textcond-0123.partial").touch()
+    # another was killed when LanceDB had written no version of a table yet
+    (tmp_path / "other/rows.lance/_transactions").mkdir(parents=True)
+    (tmp_path / "other/rows.lance/_transactions/0.txn").touch()
+    for name in ("idx", "other"):
+        assert LanceStore(tmp_path / name).is_unfinished()
+        store, _ = store_of(tmp_path / name, 3)
+        assert store.count(None) == 3
+
+
+def test_tables_of_others_and_rows_without_info_are_never_dropped(tmp_path):
+    import lancedb
+
+    foreign = lancedb.connect(tmp_path / "foreign")
+    foreign.create_table("pictures", [{"name": "a", "content": b"b"}])
+    foreign.create_table("rows", [{"x": 1}]).delete("true")
+    foreign.create_table("more", [{"x": 1}])
+    assert not LanceStore(tmp_path / "foreign").is_unfinished()
+    store_of(tmp_path / "lost", 3)
+    (tmp_path / "lost/index.json").unlink()
+    (tmp_path / "damaged/rows.lance/data").mkdir(parents=True)
+    (tmp_path / "damaged/rows.lance/data/a.lance").write_bytes(b"content")
+    before = {file for file in tmp_path.rglob("*") if file.name != ".lock"}
+    for name in ("foreign", "lost", "damaged"):
+        with pytest.raises(FileExistsError, match=r"holds rows\.lance, .* no index\.json: put that back, or choose"):
+            LanceStore(tmp_path / name).set_info({"dim": 16})
+    assert {file for file in tmp_path.rglob("*") if file.name != ".lock"} == before
+
+
 def test_a_picture_is_stored_once_and_goes_with_its_last_row(tmp_path):
     store, vectors = store_of(tmp_path / "idx", 1)
     picture = bytes(range(256)) * 50

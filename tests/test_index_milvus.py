@@ -150,6 +150,17 @@ def test_metadata_and_ids_come_back_as_they_were(awkward):
     assert list(row.metadata) == list(AWKWARD)
 
 
+def test_a_list_of_many_values_is_searched_by_halving(store):
+    store.set_info({"dim": 8})
+    store.upsert(rows(2000))
+    wanted = {"steps": [*range(-500, 100), *range(1999, 2399)]}
+    start = time.monotonic()
+    assert {row.id for row, _ in store.dense(rows(1)[0].vector, 999, wanted, False)} == {
+        f"row {place}" for place in (*range(100), 1999)
+    }
+    assert time.monotonic() - start < 3
+
+
 def test_large_pictures_come_back_whole(store):
     store.set_info({"dim": 8})
     content = rows(3)

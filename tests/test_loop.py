@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from textcond.pipelines.loop import Validation, fit, share, step_generator, warmup_stable_decay
@@ -126,3 +127,22 @@ if __name__ == "__main__":
     weights = run(folder, accelerator)
     if accelerator.is_main_process:
         torch.save(weights, folder / "weights.pt")
+
+
+@pytest.mark.parametrize("broken", ["loss", "figure", "gradient"])
+def test_a_figure_that_is_not_finite_ends_a_run_before_it_reaches_the_weights(tmp_path, broken):
+    accelerator, fine = Accelerator(cpu=True), loss_of(Accelerator(cpu=True))
+
+    def loss(module, step):
+        value, figures = fine(module, step)
+        if step == 5 and broken == "loss":
+            value = value * float("inf")
+        if step == 5 and broken == "gradient":
+            value = value + (module[0].weight.flatten()[0] - module[0].weight.flatten()[0].detach()).abs().sqrt()
+        return value, {"figure": float("nan")} if step == 5 and broken == "figure" else figures
+
+    with pytest.raises(RuntimeError, match=rf"{broken} became (nan|inf) at step 6: .* lower learning rate"):
+        fit("test", new_module(), loss, out=tmp_path, steps=STEPS, batch=BATCH, learning_rate=1e-2,
+            accelerator=accelerator, save_every=0.0)  # fmt: skip
+    kept = load_file(tmp_path / "checkpoint" / "state-5.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())

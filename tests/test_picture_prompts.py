@@ -125,6 +125,73 @@ def test_a_comfyui_graph_with_circles_combined_prompts_and_two_samplers_is_follo
         made_with({"prompt": json.dumps(graph)})
 
 
+def sampled(*stages, outputs):
+    """A graph of samplers, each of which goes on from the one before it, and of outputs of stages by their numbers."""
+    graph = {"latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64}}}
+    for place, text in enumerate(stages):
+        graph[f"text {place}"] = {"class_type": "CLIPTextEncode", "inputs": {"text": text}}
+        before = f"stage {place - 1}" if place else "latent"
+        inputs = {"positive": [f"text {place}", 0], "latent_image": [before, 0]}
+        graph[f"stage {place}"] = {"class_type": "KSampler", "inputs": inputs}
+    for place, stage in enumerate(outputs):
+        source = [f"stage {stage}" if stage is not None else "latent", 0]
+        graph[f"output {place}"] = {"class_type": "SaveImage", "inputs": {"images": source}}
+    return {"prompt": json.dumps(graph)}
+
+
+@pytest.mark.parametrize("outputs", [(0, 1), (1, 0), (1, 1), (0, 1, None), (None, 0, 1)])
+def test_the_first_stage_counts_whatever_the_order_of_the_outputs(outputs):
+    assert made_with(sampled("a fox", "details", outputs=outputs))["prompt"] == "a fox"
+
+
+def test_of_pictures_made_apart_the_last_output_counts():
+    graph = json.loads(sampled("a fox", "a dog", outputs=(0, 1))["prompt"])
+    graph["stage 1"]["inputs"]["latent_image"] = ["latent", 0]
+    assert made_with({"prompt": json.dumps(graph)})["prompt"] == "a dog"
+
+
+def chained(count, name):
+    """So many nodes, each of which takes its input from the next, and the last from the node `text`."""
+    return {
+        f"{name} {place}": {
+            "class_type": name,
+            "inputs": {name: [f"{name} {place + 1}" if place < count - 1 else "text", 0]},
+        }
+        for place in range(count)
+    }
+
+
+def many_outputs(count):
+    """A graph of a long chain of conditionings, and as many pictures of it."""
+    graph = {str(place): {"class_type": "SaveImage", "inputs": {"images": ["sampler", 0]}} for place in range(count)}
+    inputs = {"positive": ["conditioning 0", 0], "latent_image": ["latent", 0]}
+    return chained(count, "conditioning") | graph | {"sampler": {"class_type": "KSampler", "inputs": inputs}}
+
+
+def many_texts(count):
+    """A graph of a long chain that leads to a text, and as many encoders of it."""
+    encode = {"class_type": "CLIPTextEncode", "inputs": {"text": ["value 0", 0], "text_g": ["value 0", 0]}}
+    combined = {f"conditioning_{place}": [f"encode {place}", 0] for place in range(count)}
+    inputs = {"positive": ["combined", 0], "latent_image": ["latent", 0]}
+    return (
+        chained(count, "value")
+        | {f"encode {place}": encode for place in range(count)}
+        | {
+            "combined": {"class_type": "ConditioningCombine", "inputs": combined},
+            "sampler": {"class_type": "KSampler", "inputs": inputs},
+            "output": {"class_type": "SaveImage", "inputs": {"images": ["sampler", 0]}},
+        }
+    )
+
+
+@pytest.mark.parametrize("made", [many_outputs, many_texts])
+def test_a_hostile_comfyui_graph_is_followed_in_a_moment(made):
+    graph = made(4900) | {"text": {"class_type": "CLIPTextEncode", "inputs": {"text": "a fox"}}}
+    start = time.perf_counter()
+    assert made_with({"prompt": json.dumps(graph)})["prompt"] == "a fox"
+    assert time.perf_counter() - start < 2
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from tiny import conditioning, stable_diffusion, stable_diffusion_xl, text_encoder
 
-from textcond.pipelines import swap_text_encoder
+from textcond.pipelines import TimestepAwareUNet, swap_text_encoder
 from textcond.pipelines.evaluation import Case, ClipJudge, EmojiJudge, evaluate_conditioning, read_cases, write_cases
 from textcond.pipelines.evaluation.cache import ResultCache, fingerprint
 from textcond.pipelines.evaluation.controls import isometry, raw_encoder, shuffled_texts
@@ -484,6 +484,7 @@ def test_options_that_cannot_be_are_refused(tmp_path, cases):
         ({}, {"controls": ("raw",)}, "need a new backbone"),
         ({}, {"steps": 0}, "steps is 0"),
         ({}, {"guidance": ()}, "at least one guidance"),
+        ({}, {"guidance": (float("nan"),)}, "guidance is nan"),
         ({}, {"seeds": (1, 1)}, "a seed is given twice"),
         ({"raw": conditioning()}, {}, "named 'raw', as a control is"),
         ({"wide": conditioning(width=48)}, {}, "48-wide tokens"),
@@ -536,3 +537,34 @@ def test_the_command_compares_folders_and_says_where_the_report_is(tmp_path, cas
             main([*common, *wrong])
         assert exit_.value.code == 1
         assert message in capsys.readouterr().err
+
+
+def test_an_encoder_is_measured_through_its_own_connector(tmp_path, cases):
+    encoders, pipe = {}, stable_diffusion()
+    for name in ("one", "two"):
+        aware = TimestepAwareUNet.from_unet(pipe.unet, 32, tokens=6, depth=1, seed=len(encoders))
+        conditioning(bridge="identity", tokens=40).save_pretrained(tmp_path / name)
+        aware.save_connector(tmp_path / name / "connector.safetensors")
+        encoders[name] = tmp_path / name
+    report = evaluate_conditioning(pipe, encoders, cases[:2], cache=tmp_path / "cache", **QUICK)
+    assert {"one", "two", "raw", "random"} < set(report.rows)
+    one, two = (report.results[name]["en"]["distance"]["share"] for name in encoders)
+    assert one > 1e-6
+    assert abs(one - two) > 1e-6
+    assert report.results["original"]["en"]["distance"]["share"] < 1e-6
+
+
+def test_one_slot_of_two_is_compared(cases):
+    new = conditioning(width=32, tokens=77)
+    report = evaluate_conditioning(
+        stable_diffusion_xl(), {"new": new}, cases[:1], slot="text_encoder", controls=("raw", "random"), **QUICK
+    )
+    assert list(report.rows) == ["original", "new", "raw", "random"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_case(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\n", encoding="utf-8-sig")
+    assert read_cases(tmp_path / "prompts.txt") == [Case("a fox")]
+    (tmp_path / "prompts.txt").write_text("\tein Hund\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: english of a case is empty"):
+        read_cases(tmp_path / "prompts.txt")

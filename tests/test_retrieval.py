@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -340,3 +340,13 @@ def test_the_reference_model_draws_with_what_it_finds():
         for arguments in (found.arguments, {"prompt": "fox"})
     )
     assert not torch.allclose(blended, plain, atol=1e-3)
+
+
+def test_pictures_without_a_prompt_are_no_neighbours(monkeypatch):
+    index = PromptIndex(text_encoder())
+    index.add(["a red fox", "a green fox"])
+    with_pictures = index.search("fox", k=2)
+    empty = [replace(with_pictures[0], id=str(place), text=" ") for place in range(9)]
+    monkeypatch.setattr(index, "search", lambda prompt, k: [*empty, *with_pictures][:k])
+    assert [hit.text for hit in suggest(index, "fox", 3)] == [hit.text for hit in with_pictures]
+    assert suggest(index, "fox " * 5000, 1)

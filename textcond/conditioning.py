@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
@@ -51,6 +52,7 @@ _OWNED = (
     "merges.txt",
     "*.model",
     "*.jinja",
+    "connector.safetensors",
 )
 # More than any CLIP has: pipelines index from the end, at -(clip_skip + 2) at most.
 _HIDDEN_STATES = 64
@@ -450,8 +452,8 @@ class ConditioningEncoder(PreTrainedModel):
             keep = keep & attention_mask.bool()
         first = torch.arange(keep.shape[1], device=keep.device) == 0
         keep = keep | (first & ~keep.any(dim=1, keepdim=True))
-        if self.config.bridge == "resampler" and not torch.compiler.is_compiling():
-            # Nothing behind the longest text of the batch reaches the output.
+        if self.config.bridge in ("resampler", "identity") and not torch.compiler.is_compiling():
+            # Nothing behind the longest text of the batch reaches the output, or it is zero there.
             length = int(keep.any(dim=0).nonzero()[-1]) + 1
             input_ids, keep = input_ids[:, :length], keep[:, :length]
         if self._capacity is not None and input_ids.shape[1] > self._capacity:
@@ -475,7 +477,10 @@ class ConditioningEncoder(PreTrainedModel):
             pooled = self.pooled_bridge(pooled.to(states.dtype))
         if isinstance(self.bridge, GrowingResamplerBridge):
             return self.bridge(states, keep, self.bridge.blocks_in(padded)), pooled
-        return self.bridge(states, keep), pooled
+        tokens = self.bridge(states, keep)
+        if self.config.bridge == "identity":
+            tokens = F.pad(tokens, (0, 0, 0, padded - tokens.shape[1]))
+        return tokens, pooled
 
     def _finish(self, output, output_hidden_states: bool | None, return_dict: bool | None):
         if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):

@@ -153,7 +153,7 @@ class FoundRow(BaseModel):
     metadata: dict[str, Any]
     dense_rank: int | None
     lexical_rank: int | None
-    image: str | None = Field(description="A PNG in base64, if pictures were asked for and the row has one.")
+    image: str | None = Field(description="The stored file in base64, if pictures were asked for and the row has one.")
 
 
 class SearchAnswer(BaseModel):

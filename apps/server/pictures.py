@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
+from typing import TYPE_CHECKING
 
-from PIL import Image
+if TYPE_CHECKING:
+    from textcond import Hit
 
 _ADDRESS = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,")
 
@@ -25,8 +26,7 @@ def picture_file(content: str, name: str = "image") -> bytes:
         raise ValueError(f"{name} is not base64: send the picture file's bytes in base64") from None
 
 
-def picture_text(picture: Image.Image) -> str:
-    """Return a picture as a PNG in base64."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+def picture_text(hit: Hit) -> str | None:
+    """Return the picture of a row in base64, the very file that is stored; None if it has none."""
+    content = hit.image_file()
+    return None if content is None else base64.b64encode(content).decode()

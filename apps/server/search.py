@@ -105,7 +105,7 @@ def _found(hit: Hit, images: bool) -> dict:
         "metadata": hit.metadata,
         "dense_rank": hit.dense_rank,
         "lexical_rank": hit.lexical_rank,
-        "image": picture_text(hit.image) if images and hit.image is not None else None,
+        "image": picture_text(hit) if images else None,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,12 +15,13 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from textcond import ConditioningEncoder, TextEncoder
 from textcond.files import read_tensors, write_mark, write_tensors
 from textcond.folders import read_json
+from textcond.pipelines.contracts import inspect_pipeline
 from textcond.pipelines.denoisers import TimestepAwareUNet
 from textcond.pipelines.families import Conditioning, condition, denoiser_of
 from textcond.pipelines.loop import Validation, fit, share, step_generator
@@ -70,8 +72,8 @@ def align(
             with `lora_rank` or `train_backbone` its backbone, are changed in place.
         prompts: see `read_prompts`.
         options: see `AlignmentOptions`.
-        held_out: prompts like `prompts` that nothing trains on: the weights that are best on them are kept. None
-            keeps some of `prompts` out for that.
+        held_out: prompts like `prompts` that nothing trains on, so that they are left out of those: the weights that
+            are best on them are kept. None keeps some of `prompts` out for that.
         pictures: a folder of pictures with captions, see `CaptionedPictures`, for an extra loss in step 2.
         anchors: texts like `prompts` whose vectors a changing backbone is to keep, with `retrieval_weight`: all that it
             is to find, in all its languages. None for the prompts, which are too alike to keep the rest.
@@ -85,11 +87,21 @@ def align(
         KeyboardInterrupt: after Ctrl-C, when the state of the last whole step is on disk.
     """
     options = options or AlignmentOptions()
+    if anchors is not None and not (options.lora_rank or options.train_backbone):
+        raise ValueError(
+            "anchors hold a backbone that changes, and this one stays as it is: give train_backbone or lora_rank, or "
+            "leave the anchors out"
+        )
+    if pictures is not None and not options.denoiser_steps:
+        raise ValueError(
+            "pictures are read in denoiser steps, and there are none: give some, or leave the pictures out"
+        )
     training = read_prompts(prompts)
     if held_out is None:
         training, kept_out = training.split(min(options.held_out, len(training.teacher) // 2))
     else:
         kept_out = read_prompts(held_out)
+        training = training.without(kept_out.teacher)
     kept = training if anchors is None else read_prompts(anchors)
     return Aligner(pipe, encoder, training, kept_out, Path(out).expanduser(), options, pictures, kept).run()
 
@@ -109,6 +121,7 @@ class Aligner:
         anchors: AlignmentPrompts | None = None,
     ):
         self.options, self.out = options, out
+        _check(pipe, encoder, options)
         self.pictures = None if pictures is None else CaptionedPictures(pipe, pictures)
         device = denoiser_of(pipe).device
         # Its autocast would be one for the whole process; the denoiser's precision is chosen below.
@@ -208,10 +221,19 @@ class Aligner:
 
     def _say(self, texts: list[str]) -> Conditioning:
         """The student's conditioning, as the denoiser's cross-attention will read it."""
-        conditioning = condition(self.student_pipe, texts)
+        conditioning = self._conditioned(texts)
         if self.connector is not None:
             states = conditioning["encoder_hidden_states"]
             conditioning |= {"encoder_hidden_states": self.connector(states)}
+        return conditioning
+
+    def _conditioned(self, texts: list[str]) -> Conditioning:
+        """The student's conditioning, as its denoiser takes it; a connector is spared the padding behind all texts."""
+        conditioning = condition(self.student_pipe, texts)
+        if self.connector is not None:
+            states = conditioning["encoder_hidden_states"]
+            (read,) = (states != 0).any(-1).any(0).nonzero(as_tuple=True)
+            conditioning |= {"encoder_hidden_states": states[:, : int(read.max()) + 1]}
         return conditioning
 
     def _conditioning_loss(self, indices: list[int], texts: list[str], step: int) -> tuple[Tensor, dict[str, float]]:
@@ -261,7 +283,7 @@ class Aligner:
         answer = torch.where(_column(silent, visit.output), visit.unconditional, visit.output)
         said = ["" if quiet else text for text, quiet in zip(texts, silent)]
         with self.cast():
-            ours = replay(denoiser_of(self.student_pipe), visit, condition(self.student_pipe, said))
+            ours = replay(denoiser_of(self.student_pipe), visit, self._conditioned(said))
         error = (ours.float() - answer.float()).square().flatten(1).mean(1) / effect
         value, figures = error.mean(), {"denoiser": error.mean().item()}
         if self.pictures is not None:
@@ -281,7 +303,7 @@ class Aligner:
         generator = step_generator(self.options.seed + 7 + self.accelerator.process_index, step)
         visit, answer = self.pictures.question(rows, like, generator)
         with self.cast():
-            said = condition(self.student_pipe, self.pictures.texts(rows))
+            said = self._conditioned(self.pictures.texts(rows))
             return denoiser_error(replay(denoiser_of(self.student_pipe), visit, said), answer)
 
     def _round(self, step: int) -> tuple[list[Visit], list[str], int]:
@@ -384,7 +406,7 @@ class Aligner:
         self.encoder.eval()
         shares = []
         for visits, said in self.held_out_chunks:
-            conditioning = condition(self.student_pipe, said)
+            conditioning = self._conditioned(said)
             # Every second timestep tells as much as all.
             asked = visits[:: 2 if len(visits) > 4 else 1]
             errors = []
@@ -417,7 +439,12 @@ class Aligner:
         """Bare backbone states, and a UNet that resamples them at every timestep."""
         if not isinstance(encoder, TextEncoder):
             raise ValueError("bridge='timestep' starts from a text encoder: give one without a bridge")
-        unet, width = self.teacher_pipe.unet, encoder.backbone.config.hidden_size
+        unet, width = denoiser_of(self.teacher_pipe), encoder.backbone.config.hidden_size
+        if not isinstance(unet, UNet2DConditionModel):
+            raise ValueError(
+                f"bridge='timestep' goes before a UNet2DConditionModel, and a {type(self.teacher_pipe).__name__} has "
+                f"a {type(unet).__name__}: choose another bridge"
+            )
         with torch.no_grad():
             tokens = condition(self.teacher_pipe, [""])["encoder_hidden_states"].shape[1]
         self.student_pipe.register_modules(
@@ -427,9 +454,10 @@ class Aligner:
             )
         )  # fmt: skip
         self.connector = self.student_pipe.unet.connector
-        return ConditioningEncoder.from_text_encoder(
-            encoder, bridge="identity", width=width, tokens=encoder.max_length, layers=self.options.layers
-        )
+        return make_encoder(
+            self.student_pipe, encoder, slot=self.options.slot, bridge="identity", tokens=None,
+            layers=self.options.layers, seed=self.options.seed,
+        )  # fmt: skip
 
     def _add_adapter(self) -> None:
         from peft import LoraConfig, get_peft_model
@@ -467,6 +495,23 @@ class Aligner:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_mark(file, now)
         self.accelerator.wait_for_everyone()
+
+
+def _check(pipe: DiffusionPipeline, encoder: TextEncoder | ConditioningEncoder, options: AlignmentOptions) -> None:
+    """Refuse at once what would end an alignment later, or be ignored."""
+    problems = [problem for contract in inspect_pipeline(pipe) for problem in contract.problems]
+    if problems:
+        raise ValueError(f"this pipeline cannot teach: {'; '.join(problems)}")
+    accepted = inspect.signature(pipe.__call__).parameters
+    if unknown := [name for name in options.call if name not in accepted]:
+        raise ValueError(f"the call of a {type(pipe).__name__} takes no {unknown[0]}: leave it out")
+    for name in ("bridge", "tokens") if isinstance(encoder, ConditioningEncoder) else ():
+        given, own = getattr(options, name), getattr(encoder.config, name)
+        if given not in (None, own):
+            raise ValueError(
+                f"{name}={given!r}, and the encoder goes on with the bridge that it has, of {name}={own!r}: leave it "
+                "out, or give a text encoder without a bridge"
+            )
 
 
 class _Trained(nn.Module):

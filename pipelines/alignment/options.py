@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from textcond.bridges import BRIDGES, LAYERS
 
 
 @dataclass
@@ -80,17 +83,25 @@ class AlignmentOptions:
 
     def __post_init__(self):
         low, high = self.guidance_scale
-        if not 1 <= low <= high:
+        if not 1 <= low <= high < math.inf:
             raise ValueError(f"guidance_scale={low},{high}: give a range from 1 upwards, such as 2,5")
+        if self.bridge not in (None, "timestep", *BRIDGES):
+            raise ValueError(f"bridge={self.bridge!r}: use {', '.join(BRIDGES)} or timestep")
+        if self.layers not in LAYERS:
+            raise ValueError(f"layers={self.layers!r}: use {' or '.join(LAYERS)}")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision={self.mixed_precision!r}: use no or bf16")
         if self.lora_rank and self.train_backbone:
             raise ValueError("lora_rank and train_backbone both change the backbone: give one of them")
-        for name in ("token_steps", "denoiser_steps", "closed_form_prompts", "lora_rank", "cache_limit"):
+        for name in ("learning_rate", "denoiser_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: give a positive number, such as 1e-3")
+        for name in ("token_steps", "denoiser_steps", "closed_form_prompts", "lora_rank", "cache_limit", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
-        for name in ("batch_size", "denoiser_batch_size", "num_inference_steps", "held_out", "validate_every"):
-            if getattr(self, name) < 1:
+        positive = ("batch_size", "denoiser_batch_size", "num_inference_steps", "held_out", "validate_every")
+        for name in (*positive, "bridge_depth", "tokens", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from textcond.pipelines.families import denoiser_of
 from textcond.pipelines.trajectories import Visit
 
 LATENTS = ("sample", "hidden_states")  # what denoisers call them
@@ -36,6 +38,10 @@ class CaptionedPictures:
                 self.rows.append(self._row(line, f"{file}, line {number}"))
         if not self.rows:
             raise ValueError(f"{file} names no picture: write a file_name and a text a line")
+        asked = inspect.signature(type(denoiser_of(pipe)).forward).parameters
+        # Flux packs its latents, and tells their places apart.
+        if getattr(pipe, "vae", None) is None or "img_ids" in asked or not any(name in asked for name in LATENTS):
+            raise ValueError(f"{type(pipe).__name__} has no plain latents of pictures: leave the pictures out")
 
     def _row(self, line: str, where: str) -> tuple[Path, str]:
         try:
@@ -60,10 +66,7 @@ class CaptionedPictures:
             like: a call to take everything but latents and timestep from.
             generator: of noise and timesteps, on CPU.
         """
-        name = next((name for name in LATENTS if name in like.inputs), None)
-        vae = getattr(self.pipe, "vae", None)
-        if name is None or vae is None or like.inputs[name].ndim != 4:
-            raise ValueError(f"{type(self.pipe).__name__} has no plain latents of pictures: leave the pictures out")
+        name = next(name for name in LATENTS if name in like.inputs)
         latents = like.inputs[name]
         clean = torch.cat([self._latents(self.rows[row][0], latents.shape[-2:]) for row in rows]).to(latents)
         noise = torch.randn(clean.shape, generator=generator).to(latents)

@@ -37,6 +37,18 @@ class AlignmentPrompts:
         chosen = set(ranked[:held_out])
         return self._part(set(range(len(self.teacher))) - chosen), self._part(chosen)
 
+    def without(self, teacher: Iterable[str]) -> AlignmentPrompts:
+        """All but some of the teacher's texts and what is said for them.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        gone = set(teacher)
+        kept = {index for index, text in enumerate(self.teacher) if text not in gone}
+        if not kept:
+            raise ValueError("every prompt is held out too, which leaves none to train on: give others")
+        return self if len(kept) == len(self.teacher) else self._part(kept)
+
     def _part(self, kept: set[int]) -> AlignmentPrompts:
         places = {index: place for place, index in enumerate(sorted(kept))}
         rows = [(places[index], text) for index, text in self.rows if index in places]

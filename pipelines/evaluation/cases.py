@@ -32,10 +32,11 @@ class Case:
         for name in ("prompt", "english", "language"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} of a case is {getattr(self, name)!r}: write a string")
-        if not self.prompt.strip():
-            raise ValueError(
-                "prompt of a case is empty: the empty prompt is what distances are measured by, not a case"
-            )
+        for name in ("prompt", "english"):
+            if not getattr(self, name).strip():
+                raise ValueError(
+                    f"{name} of a case is empty: the empty prompt is what distances are measured by, not a case"
+                )
         if self.language == "all":
             raise ValueError("language of a case is 'all', which is what reports call them together: name one")
         if not isinstance(self.expected, dict) or not all(isinstance(value, str) for value in self.expected.values()):
@@ -64,7 +65,7 @@ def read_cases(path: str | Path, limit: int | None = None) -> list[Case]:
         raise FileNotFoundError(f"there is no prompts file {path}: check the path")
     parse = _from_json if path.suffix == ".jsonl" else _from_text
     cases, counts = [], {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():

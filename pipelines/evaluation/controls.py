@@ -25,12 +25,12 @@ CONTROLS = {
 }
 
 
-def raw_encoder(pipe: DiffusionPipeline, encoder: TextEncoder) -> ConditioningEncoder:
+def raw_encoder(pipe: DiffusionPipeline, encoder: TextEncoder, slot: str | None = None) -> ConditioningEncoder:
     """A backbone swapped in with nothing learned: its token states, zero-padded to the denoiser's width.
 
     States that are wider than the denoiser's tokens go through a fixed matrix with orthonormal rows.
     """
-    made = make_encoder(pipe, encoder, bridge="linear")
+    made = make_encoder(pipe, encoder, slot=slot, bridge="linear")
     for bridge in (made.bridge, made.pooled_bridge):
         if bridge is not None:
             bridge.norm = nn.Identity()
@@ -40,15 +40,15 @@ def raw_encoder(pipe: DiffusionPipeline, encoder: TextEncoder) -> ConditioningEn
 
 
 def random_encoder(
-    pipe: DiffusionPipeline, encoder: TextEncoder, like: ConditioningEncoder | None = None
+    pipe: DiffusionPipeline, encoder: TextEncoder, like: ConditioningEncoder | None = None, slot: str | None = None
 ) -> ConditioningEncoder:
     """A backbone under an untrained bridge of the kind that another encoder has; a resampler without one."""
-    if like is None:
-        return make_encoder(pipe, encoder)
+    if like is None or like.config.bridge == "identity":  # a connector in the UNet stands for its bridge
+        return make_encoder(pipe, encoder, slot=slot)
     options = {"bridge": like.config.bridge, "bridge_depth": like.config.bridge_depth, "layers": like.config.layers}
     if like.config.tokens:
         options["tokens"] = like.config.tokens
-    return make_encoder(pipe, encoder, **options)
+    return make_encoder(pipe, encoder, slot=slot, **options)
 
 
 def isometry(rows: int, columns: int) -> torch.Tensor:

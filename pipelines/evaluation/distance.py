@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from textcond.pipelines.families import condition, denoiser_of
 from textcond.pipelines.family import Conditioning
@@ -21,6 +22,7 @@ def squared_distances(
     english: Sequence[str],
     conditionings: Mapping[str, Conditioning],
     *,
+    denoisers: Mapping[str, nn.Module] | None = None,
     generators: Sequence[torch.Generator],
     steps: int,
     guidance: float,
@@ -31,6 +33,7 @@ def squared_distances(
         pipe: with its own encoder, the teacher, in place.
         english: n prompts that the teacher reads.
         conditionings: by name, what the denoiser reads of n texts under another encoder.
+        denoisers: by those names, the denoiser with the encoder's connector; the pipeline's own where there is none.
         generators: one a prompt.
 
     Returns:
@@ -41,9 +44,9 @@ def squared_distances(
         pipe, english, num_inference_steps=steps, guidance_scale=guidance, generator=list(generators)
     )  # fmt: skip
     asked = {**conditionings, EMPTY: condition(pipe, [""] * len(english))}
-    denoiser = denoiser_of(pipe)
+    own, denoisers = denoiser_of(pipe), denoisers or {}
     found = {
-        name: np.stack([_difference(replay(denoiser, visit, given), visit) for visit in visits], axis=1)
+        name: np.stack([_difference(replay(denoisers.get(name, own), visit, given), visit) for visit in visits], axis=1)
         for name, given in asked.items()
     }
     return [visit.timestep for visit in visits], found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -24,6 +25,7 @@ from textcond import ConditioningEncoder, TextEncoder
 from textcond.evaluation.compare import short_names
 from textcond.folders import model_folder
 from textcond.pipelines.contracts import slots_of
+from textcond.pipelines.denoisers import TimestepAwareUNet
 from textcond.pipelines.families import condition, denoiser_of
 from textcond.pipelines.family import Conditioning
 from textcond.pipelines.swap import load_encoder, swapped
@@ -64,6 +66,7 @@ def evaluate_conditioning(
     steps: int = 20,
     controls: Sequence[str] | None = None,
     backbone: TextEncoder | str | Path | None = None,
+    slot: str | None = None,
     cache: str | Path | None = None,
     batch_size: int = 8,
     show_progress_bar: bool = False,
@@ -83,6 +86,7 @@ def evaluate_conditioning(
         controls: names of `CONTROLS`; None takes every one that applies. "original" is always there.
         backbone: the text encoder that the controls raw and random use, or its folder or hub id; that of the first
             encoder, if it is a ConditioningEncoder, when left out.
+        slot: which of the pipeline's encoders is replaced; None for all, as in `swap_text_encoder`.
         cache: folder where finished pictures and numbers are kept: the same call goes on where it was interrupted.
         batch_size: prompts at once.
         show_progress_bar: show progress.
@@ -105,13 +109,13 @@ def evaluate_conditioning(
         judge.check(cases)
     device = denoiser_of(pipe).device
     store, middle = ResultCache(cache), sorted(guidance)[len(guidance) // 2]
-    rows = _rows(pipe, encoders, cases, controls, backbone)
+    rows = _rows(pipe, encoders, cases, controls, backbone, slot)
     notes = _relatives(judge, "the pipeline", {n: part for n, part in pipe.components.items() if "encoder" not in n})
     shown = {index for block in grid_blocks(cases) for index in block}
     settings = {"pipeline": _fixed_parts(pipe), "steps": steps, "device": str(device)}
     empty_key = _encoder_key(pipe)
 
-    measured, conditionings, keys = {}, {}, {}
+    measured, conditionings, denoisers, keys = {}, {}, {}, {}
     total = len(rows) * len(cases) * len(guidance) * len(seeds)
     with (
         _quiet(pipe),
@@ -120,7 +124,7 @@ def evaluate_conditioning(
     ):
         for row in rows:
             bar.set_description(row.name)
-            with _installed(pipe, row.encoder):
+            with _installed(pipe, row.encoder, slot):
                 base = settings | {"encoder": _encoder_key(pipe)}
                 if row.times:
                     notes += _relatives(judge, row.name, {"text encoder": nn.ModuleList(e for e, _ in _slots(pipe))})
@@ -151,9 +155,10 @@ def evaluate_conditioning(
                 ]  # fmt: skip
                 if any(store.numbers(key) is None for key in keys[row.name]):
                     conditionings[row.name] = _conditionings(pipe, row.texts, batch_size)
+                    denoisers[row.name] = denoiser_of(pipe)
         bar.close()  # before the next one begins
         timesteps, distances = _distances(
-            pipe, cases, conditionings, keys, seeds[0], middle, steps, store, batch_size, show_progress_bar
+            pipe, cases, conditionings, denoisers, keys, seeds[0], middle, steps, store, batch_size, show_progress_bar
         )
     for name, (above, below) in distances.items():
         measured[name].distances, measured[name].empty_distances = above, below
@@ -183,6 +188,8 @@ def _check(cases, guidance, seeds, steps: int, controls) -> None:
     if not guidance or not seeds:
         raise ValueError("pass at least one guidance and one seed")
     for name, values in (("guidance", guidance), ("seed", seeds)):
+        if wrong := [value for value in values if not math.isfinite(value)]:
+            raise ValueError(f"{name} is {wrong[0]}: give a finite number")
         if len(set(values)) < len(values):
             raise ValueError(f"a {name} is given twice among {', '.join(map(str, values))}")
     if steps < 1:
@@ -192,7 +199,7 @@ def _check(cases, guidance, seeds, steps: int, controls) -> None:
         raise ValueError(f"there is no control {unknown[0]!r}: choose from {', '.join(CONTROLS)}")
 
 
-def _rows(pipe, encoders, cases, controls, backbone) -> list[_Row]:
+def _rows(pipe, encoders, cases, controls, backbone, slot) -> list[_Row]:
     """Original, encoders, then the other controls; those that do not apply are left out unless they were named."""
     english, prompts = [case.english for case in cases], [case.prompt for case in cases]
     wanted = set(CONTROLS if controls is None else controls)
@@ -203,9 +210,9 @@ def _rows(pipe, encoders, cases, controls, backbone) -> list[_Row]:
     like, text_encoder = _backbone(pipe, encoders, backbone) if wanted & {"raw", "random"} else (None, None)
     if text_encoder is not None:
         if "raw" in wanted:
-            rows.append(_Row("raw", raw_encoder(pipe, text_encoder), prompts))
+            rows.append(_Row("raw", raw_encoder(pipe, text_encoder, slot), prompts))
         if "random" in wanted:
-            rows.append(_Row("random", random_encoder(pipe, text_encoder, like), prompts))
+            rows.append(_Row("random", random_encoder(pipe, text_encoder, like, slot), prompts))
     elif controls and wanted & {"raw", "random"}:
         raise ValueError("the controls raw and random need a new backbone: pass an encoder, or backbone=...")
     if "shuffled" in wanted and (controls or len({case.subject for case in cases}) > 1):
@@ -227,8 +234,8 @@ def _backbone(pipe, encoders, backbone) -> tuple[ConditioningEncoder | None, Tex
     return like, backbone
 
 
-def _installed(pipe: DiffusionPipeline, encoder: Any):
-    return nullcontext(pipe) if encoder is None else swapped(pipe, encoder)
+def _installed(pipe: DiffusionPipeline, encoder: Any, slot: str | None):
+    return nullcontext(pipe) if encoder is None else swapped(pipe, encoder, slot)
 
 
 def _slots(pipe: DiffusionPipeline) -> list[tuple[nn.Module, Any]]:
@@ -237,7 +244,12 @@ def _slots(pipe: DiffusionPipeline) -> list[tuple[nn.Module, Any]]:
 
 
 def _encoder_key(pipe: DiffusionPipeline) -> str:
-    return fingerprint(*(part for pair in _slots(pipe) for part in pair))
+    return fingerprint(*(part for pair in _slots(pipe) for part in pair), *_connectors(pipe))
+
+
+def _connectors(pipe: DiffusionPipeline) -> list[nn.Module]:
+    denoiser = denoiser_of(pipe)
+    return [denoiser.connector] if isinstance(denoiser, TimestepAwareUNet) else []
 
 
 def _fixed_parts(pipe: DiffusionPipeline) -> str:
@@ -248,7 +260,7 @@ def _fixed_parts(pipe: DiffusionPipeline) -> str:
 
 
 def _parameter_bytes(pipe: DiffusionPipeline) -> int:
-    encoders = nn.ModuleList(encoder for encoder, _ in _slots(pipe))
+    encoders = nn.ModuleList([encoder for encoder, _ in _slots(pipe)] + _connectors(pipe))
     # One encoder in two slots is counted once.
     return sum(parameter.numel() * parameter.element_size() for parameter in encoders.parameters())
 
@@ -306,7 +318,9 @@ def _conditionings(pipe, texts: list[str], batch_size: int) -> Conditioning:
     return {name: torch.cat([one[name] for one in given]) for name in given[0]}
 
 
-def _distances(pipe, cases, conditionings, keys, seed, guidance, steps, store: ResultCache, batch_size, show):
+def _distances(
+    pipe, cases, conditionings, denoisers, keys, seed, guidance, steps, store: ResultCache, batch_size, show
+):
     """Timesteps, and by row the squared distances `(cases, timesteps)` with those of the empty prompt beside them.
 
     Rows without a conditioning are finished and taken from the store; of the others, cases that all have are.
@@ -322,6 +336,7 @@ def _distances(pipe, cases, conditionings, keys, seed, guidance, steps, store: R
                 row: {name: value[batch] for name, value in conditioning.items()}
                 for row, conditioning in conditionings.items()
             },
+            denoisers=denoisers,
             generators=[torch.Generator().manual_seed(latent_seed(cases[index], seed)) for index in batch],
             steps=steps,
             guidance=guidance,

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import logging
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CONTAINERS = ("jsonl", "json", "csv", "tsv", "parquet")
+_NOT_UTF8 = re.compile("[\0\ud800-\udfff]")  # what UTF-16 and others leave where they are read as UTF-8
 DATASETS_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 
@@ -105,7 +107,8 @@ def read_rows(path: Path, problems: Problems, *, split: str | None = None) -> It
     """Yield line numbers (in Parquet and datasets: row numbers) from 1, and rows as dicts in column order.
 
     Raises:
-        ValueError: for a file of another kind, a malformed row (unless skipped), or a split that is not there.
+        ValueError: for a file of another kind, a damaged one, a malformed row (unless skipped), or a split that is
+            not there.
         FileNotFoundError: if there is no such file.
     """
     if is_datasets_folder(path):
@@ -217,6 +220,8 @@ def _named(names: list[str], values: list[str]) -> dict[str, Any]:
 
 
 def _header(path: Path, names: list[str]) -> list[str]:
+    if _NOT_UTF8.search("".join(names)):
+        raise ValueError(f"{path} is not UTF-8: convert it to UTF-8")
     if len(set(names)) != len(names) or not all(name.strip() for name in names):
         raise ValueError(f"{path}:1: the header is {names}: name every column, each differently")
     return names
@@ -249,8 +254,11 @@ def _csv_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, A
 
 def _tsv_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
     names: list[str] | None = None
+    before = problems.skipped
     for line, text in read_lines(path, problems):
         if names is None:
+            if problems.skipped > before:  # what comes now is no header
+                raise ValueError(f"{path} is not UTF-8: convert it to UTF-8")
             names = _header(path, text.split("\t"))
             continue
         row = problems.attempt(path, line, _named, names, text.split("\t"))
@@ -258,17 +266,26 @@ def _tsv_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, A
             yield line, row
 
 
-def _parquet_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+@contextmanager
+def _whole(path: Path, kind: str) -> Iterator[None]:
+    """Name the file in what pyarrow raises for a damaged one, be it for its frame or for a cell."""
     import pyarrow
+
+    try:
+        yield
+    except PermissionError:
+        raise
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a whole {kind} ({told}): download or write it again") from error
+
+
+def _parquet_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet
 
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: check the path")
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a whole Parquet file ({error}): download or write it again") from error
-    with table:
+    with _whole(path, "Parquet file"), pyarrow.parquet.ParquetFile(path) as table:
         yield from enumerate((row for batch in table.iter_batches(1024) for row in batch.to_pylist()), 1)
 
 
@@ -276,7 +293,7 @@ def count_datasets_rows(path: Path, split: str | None) -> int:
     """Return how many rows a split of a `datasets.save_to_disk` folder has, from the heads of its Arrow streams.
 
     Raises:
-        ValueError: for a split that is not there.
+        ValueError: for a split that is not there, or a damaged file.
         FileNotFoundError: if a file of it is missing.
     """
     return sum(len(batch) for batch in _datasets_batches(path, split))
@@ -307,5 +324,5 @@ def _datasets_batches(path: Path, split: str | None) -> Iterator[RecordBatch]:
     for file in [path / file["filename"] for file in read_json(path / "state.json")["_data_files"]]:
         if not file.is_file():
             raise FileNotFoundError(f"{path} lacks {file.name}, which its state.json lists: save it again")
-        with pyarrow.memory_map(str(file)) as source:
+        with _whole(file, "Arrow file"), pyarrow.memory_map(str(file)) as source:
             yield from pyarrow.ipc.open_stream(source)

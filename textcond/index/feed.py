@@ -5,6 +5,7 @@ Rows that the index has already are not encoded again, so that a source that is 
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import re
@@ -21,7 +22,7 @@ from textcond.data.rows import Problems
 from textcond.duplicates import normalised
 from textcond.files import remove_partials, write_mark
 
-from .sources import THUMBNAIL, Source, SourceRow, count_rows, find_sources, read_source
+from .sources import THUMBNAIL, Source, SourceRow, absolute, count_rows, find_sources, read_source
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -104,7 +105,8 @@ def feed(
         thumbnails: pixels of a thumbnail's longer side; 0 keeps no pictures.
         batch_size: rows that are encoded and written at once.
         on_error: "skip" counts rows that cannot be used, "raise" makes the first one an error with file and line.
-        mark: a file that tells how far tables were read; the same call goes on from there, and at the end it is gone.
+        mark: a file that tells how far tables were read; the same call goes on from there, and at the end these
+            sources are gone from it, and the file with the last.
         show_progress_bar: show rate and time left.
 
     Raises:
@@ -119,7 +121,11 @@ def feed(
     report = FeedReport()
     with _Encoding(index.encoder) as encoding:
         found = find_sources(paths)
-        done = _Mark(None if mark is None else Path(mark), distinct)
+        # what decides which rows come: with `thumbnails`, those whose pictures are damaged do not
+        told = {"text_column": text_column, "split": split, "thumbnails": None if thumbnails else 0}
+        key = "distinct" if distinct else "rows"
+        key += "".join(f" {name}={value!r}" for name, value in told.items() if value is not None)
+        done = _Mark(None if mark is None else Path(mark), key, paths)
         counts = (
             [count_rows(source, text_column=text_column, split=split) for source in found]
             if show_progress_bar
@@ -147,6 +153,8 @@ def feed(
         )
         with bar:
             for batch in _batches(rows, batch_size):
+                if not report.read:
+                    done.write([])  # before the first row, so that the index is known to be unfinished
                 report.read += len(batch)
                 report.added += _add(index, batch, encoding, problems, distinct)
                 done.write(batch)
@@ -170,8 +178,17 @@ def launched() -> PartialState | None:
     import torch
     from accelerate import PartialState
 
+    atexit.register(_leave_group)
     # without a GPU, processes only find each other if they are told to be on the CPU
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _leave_group() -> None:
+    """End the group of processes, whose threads else end a process at its exit with an abort."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_first_process() -> bool:
@@ -223,49 +240,59 @@ def _picture(row: SourceRow) -> tuple[bytes | None]:
 
 
 class _Mark:
-    """How far each table was read, in a file beside the index; a table that changed since is read from its start.
+    """How far each source was read, in a file beside the index; a table that changed since is read from its start.
 
-    Pictures need none: to find that a picture's row is there takes its header alone.
+    Feeds with other options or sources keep their own entries. Pictures are noted as not read: to find that a
+    picture's row is there takes its header alone.
     """
 
-    def __init__(self, path: Path | None, distinct: bool):
-        self.path, self._key = path, "distinct" if distinct else "rows"
-        self._tables: dict[str, list[int]] = {}
-        if path is not None and path.is_file():
-            from textcond.folders import read_json
-
-            content = read_json(path)
-            self._tables = content.get(self._key, {}) if isinstance(content, dict) else {}
+    def __init__(self, path: Path | None, key: str, sources: Iterable[str | Path]):
+        self.path, self._key = path, key
+        self._own: dict[str, list[int]] = {}
+        before = self._content().get(key, {})
+        for source in map(absolute, sources):
+            stat = source.stat()
+            *state, row = before.get(str(source), [0])
+            now = [stat.st_size, stat.st_mtime_ns]
+            self._own[str(source)] = [*now, row if state == now else 0]
         if path is not None:
             remove_partials(path.parent, FORGOTTEN)
-            write_mark(path, {self._key: self._tables})
 
-    @staticmethod
-    def _state(path: Path) -> list[int]:
-        stat = path.stat()
-        return [stat.st_size, stat.st_mtime_ns]
+    def _content(self) -> dict[str, dict[str, list[int]]]:
+        from textcond.folders import read_json
+
+        if self.path is None:
+            return {}
+        try:
+            content = read_json(self.path)
+        except FileNotFoundError:
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def after(self, source: Source) -> int:
         """Return how many rows of a source need no reading."""
-        if str(source.path) not in self._tables:
-            return 0
-        *state, row = self._tables[str(source.path)]
-        return row if state == self._state(source.path) else 0
+        return self._own.get(str(source.path), [0])[-1]
 
     def write(self, batch: Sequence[SourceRow]) -> None:
         """Note the rows of a batch, which the index has now."""
-        tables = {
-            str(row.source.path): [*self._state(row.source.path), row.place]
-            for row in batch
-            if row.source.kind != "picture"
-        }
-        if self.path is not None and tables:
-            self._tables |= tables
-            write_mark(self.path, {self._key: self._tables})
+        for row in batch:
+            if row.source.kind != "picture":
+                self._own[str(row.source.path)][-1] = row.place
+        self._save(self._own)
 
     def remove(self) -> None:
-        """Remove the mark: everything was read."""
-        if self.path is not None:
+        """Remove these sources from the mark, which were read to their ends, and the mark if it holds no other."""
+        self._save({})
+
+    def _save(self, own: dict[str, list[int]]) -> None:
+        if self.path is None:
+            return
+        content = self._content()  # read again: others may feed the same index
+        others = {name: entry for name, entry in content.get(self._key, {}).items() if name not in self._own}
+        content = {key: entries for key, entries in (content | {self._key: others | own}).items() if entries}
+        if content:
+            write_mark(self.path, content)
+        else:
             self.path.unlink(missing_ok=True)
 
 
@@ -336,5 +363,5 @@ def mark_path(index: str | Path) -> Path | None:
     text = str(index)
     if re.match(r"\w+://", text):
         return None
-    path = Path(os.path.abspath(Path(text).expanduser()))
+    path = absolute(text)
     return path / "feeding.json" if path.is_dir() else path.with_name(f"{path.name}.feeding.json")

@@ -22,9 +22,10 @@ from textcond.folders import read_json
 
 from .filters import Condition, Filter, conditions
 from .lexical import document_terms
-from .store import Row
+from .store import Row, check_ids, first_of_equal, metadata_json
 
 INFO, LOCK = "index.json", ".lock"
+TABLES = ("rows", "pictures")
 # From this many rows on, `optimize` builds an ANN index: an exact search takes about a millisecond
 # for every 1,000 rows of width 384.
 ANN_ROWS = 20_000
@@ -50,6 +51,8 @@ class LanceStore:
         keep_versions: how old a version must be for `optimize` to remove it, as readers may still be at it.
     """
 
+    most = None
+
     def __init__(self, path: str | Path | None = None, keep_versions: timedelta = KEEP_VERSIONS):
         self.path = None if path is None else Path(path).expanduser()
         self._keep_versions = keep_versions
@@ -70,10 +73,15 @@ class LanceStore:
 
     def is_unfinished(self) -> bool:
         """Whether the folder holds nothing but what a `set_info` that was killed may have left."""
-        return all(entry.name == LOCK or entry.suffix in (".lance", ".partial") for entry in self.path.iterdir())
+        own = {LOCK, *(f"{name}.lance" for name in TABLES)}
+        return all(entry.name in own or entry.match(".textcond-*.partial") for entry in self.path.iterdir())
 
     def set_info(self, info: dict[str, Any]) -> None:
-        """Keep `info`, and make the tables if this is the first time."""
+        """Keep `info`, and make the tables if this is the first time.
+
+        Raises:
+            FileExistsError: if there are tables without info that a `set_info` that was killed cannot have left.
+        """
         with self._writing():
             if not self.info():
                 self._make_tables(info["dim"])
@@ -88,6 +96,7 @@ class LanceStore:
 
         if not rows:
             return
+        metadata = [metadata_json(row) for row in rows]
         with self._writing():
             names = [None if row.image is None else _picture_name(row.image) for row in rows]
             pictures = {name: row.image for name, row in zip(names, rows) if name is not None}
@@ -104,7 +113,7 @@ class LanceStore:
                     "id": [row.id for row in rows],
                     "text": [row.text for row in rows],
                     "words": [" ".join(document_terms(row.text)) for row in rows],
-                    "metadata": [json.dumps(row.metadata, ensure_ascii=False) for row in rows],
+                    "metadata": metadata,
                     "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim),
                     "picture": pa.array(names, pa.string()),
                 }
@@ -115,6 +124,7 @@ class LanceStore:
 
     def delete(self, ids: Sequence[str] | None, filter: Filter | None) -> int:
         """Remove rows; their pictures go when `optimize` finds that no row has them."""
+        check_ids(ids or ())
         parts = [None] if ids is None else [ids[at : at + IDS_AT_ONCE] for at in range(0, len(ids), IDS_AT_ONCE)]
         wheres = [_where(filter, part) for part in parts]
         count = 0
@@ -135,43 +145,53 @@ class LanceStore:
     def dense(
         self, vector: np.ndarray, k: int, filter: Filter | None, exact: bool, *, vectors: bool = False
     ) -> list[tuple[Row, float]]:
-        """The nearest rows by cosine; equal cosines in the order of ids."""
+        """The nearest rows by cosine; equal cosines in the order of ids, as far as `first_of_equal` looks."""
         return self._dense(vector, k, filter, None if exact else self.info().get("ann"), vectors)
 
     def _dense(
         self, vector: np.ndarray, k: int, filter: Filter | None, ann: dict[str, Any] | None, vectors: bool = False
     ) -> list[tuple[Row, float]]:
-        with self._told("read"):
+        where = _where(filter)
+
+        def search(limit: int) -> list[tuple[Row, float]]:
             query = self._table("rows").search(np.asarray(vector, np.float32)).distance_type("cosine")
             if ann is None:
                 query = query.bypass_vector_index()
             else:
                 # the factor is for ten rows: of more, as many are compared by their whole vectors anyway
-                query = query.nprobes(ann["nprobes"]).refine_factor(math.ceil(10 * ann["refine_factor"] / max(k, 10)))
-            found = self._found(query, "_distance", k, filter, vectors)
-        return sorted(((row, 1 - distance) for row, distance in found), key=lambda pair: (-pair[1], pair[0].id))
+                factor = math.ceil(10 * ann["refine_factor"] / max(limit, 10))
+                query = query.nprobes(ann["nprobes"]).refine_factor(factor)
+            return [(row, 1 - distance) for row, distance in self._found(query, "_distance", limit, where, vectors)]
+
+        with self._told("read"):
+            return first_of_equal(search, k)
 
     def lexical(
         self, tokens: Sequence[str], k: int, filter: Filter | None, *, vectors: bool = False
     ) -> list[tuple[Row, float]]:
-        """The rows of largest BM25; equal scores in the order of ids."""
+        """The rows of largest BM25; equal scores in the order of ids, as far as `first_of_equal` looks."""
         from lancedb.query import MatchQuery
 
         if not tokens:
             return []
-        with self._told("read"):
-            query = self._table("rows").search(MatchQuery(" ".join(tokens), "words"), query_type="fts")
-            found = self._found(query, "_score", k, filter, vectors)
-        return sorted(found, key=lambda pair: (-pair[1], pair[0].id))
+        where = _where(filter)
 
-    def _found(self, query: Any, score: str, k: int, filter: Filter | None, vectors: bool) -> list[tuple[Row, float]]:
-        if where := _where(filter):
+        def search(limit: int) -> list[tuple[Row, float]]:
+            query = self._table("rows").search(MatchQuery(" ".join(tokens), "words"), query_type="fts")
+            return self._found(query, "_score", limit, where, vectors)
+
+        with self._told("read"):
+            return first_of_equal(search, k)
+
+    def _found(self, query: Any, score: str, k: int, where: str | None, vectors: bool) -> list[tuple[Row, float]]:
+        if where:
             query = query.where(where)
         content = query.select([*_columns(vectors), score]).limit(k).to_arrow()
         return list(zip(self._rows(content, False), content[score].to_pylist()))
 
     def get(self, ids: Sequence[str], *, vectors: bool, images: bool) -> list[Row]:
         """The rows that are there, in the order of `ids`."""
+        check_ids(ids)
         found: dict[str, Row] = {}
         for at in range(0, len(ids), IDS_AT_ONCE):
             with self._told("read"):
@@ -260,7 +280,7 @@ class LanceStore:
         """Tell what LanceDB reports, pages of it, in one sentence."""
         try:
             yield
-        except FileNotFoundError:
+        except (FileExistsError, FileNotFoundError):
             raise
         except (RuntimeError, OSError, ValueError) as error:
             text = str(error)
@@ -312,7 +332,7 @@ class LanceStore:
             self._table("pictures").delete(_one_of("name", lost[at : at + IDS_AT_ONCE]))
 
     def _compact(self) -> None:
-        for name in ("rows", "pictures"):
+        for name in TABLES:
             self._table(name).optimize(cleanup_older_than=self._keep_versions)
 
     def _index_vectors(self) -> None:
@@ -360,8 +380,15 @@ class LanceStore:
             "pictures": pa.schema([pa.field("name", string), pa.field("content", pa.large_binary())]),
         }
         database = self._database()
-        for name in set(schemas) & set(database.table_names()):
-            database.drop_table(name)  # left without rows by an attempt that was killed before its info was written
+        old = [name for name in TABLES if name in database.table_names()]
+        for name in old:
+            if not self._is_leftover(name, schemas[name].names):
+                raise FileExistsError(
+                    f"{self.path or 'the index in memory'} holds {name}.lance, which has rows or is another's, and no "
+                    f"{INFO}: put that back, or choose another folder"
+                )
+        for name in old:
+            database.drop_table(name)
         for name, schema in schemas.items():
             self._tables[name] = database.create_table(name, schema=schema)
         whole_words = FTS(
@@ -375,6 +402,15 @@ class LanceStore:
         self._tables["rows"].create_index("words", config=whole_words)
         self._tables["rows"].create_index("id", config=BTree())
         self._tables["pictures"].create_index("name", config=BTree())
+
+    def _is_leftover(self, name: str, columns: list[str]) -> bool:
+        """Whether a table is what an attempt that was killed before its info was written may have left."""
+        folder = None if self.path is None else self.path / f"{name}.lance"
+        if folder and not any(folder.glob("_versions/*.manifest")):  # it was not made to the end
+            files = [file for file in folder.rglob("*") if not file.is_dir()]
+            return all(file.parent.name in ("_transactions", "_versions") for file in files)
+        table = self._database().open_table(name)
+        return table.schema.names == columns and table.count_rows() == 0
 
 
 def _picture_name(content: bytes) -> str:
@@ -403,24 +439,39 @@ def _where(filter: Filter | None, ids: Sequence[str] | None = None) -> str | Non
 
 def _sql(condition: Condition) -> str:
     """Return a condition as SQL over the JSON text of the value, which tells strings from numbers and truth values."""
-    text = f"json_extract(metadata, {_quoted('$.' + json.dumps(condition.field, ensure_ascii=False))})"
+    path = f"$.{json.dumps(condition.field, ensure_ascii=False)}"
+    text = f"json_extract(metadata, {_quoted(path)})"
     number = f"TRY_CAST({text} AS DOUBLE)"
-
-    def equals(value: Any) -> str:
-        if value is None:
-            return f"{text} IS NULL OR {text} = 'null'"
-        # a double would round a large seed
-        if isinstance(value, bool | str) or (isinstance(value, int) and abs(value) > 2**53):
-            return f"{text} = {_quoted(json.dumps(value, ensure_ascii=False))}"
-        return f"{number} = CAST({float(min(max(value, -LARGEST), LARGEST))!r} AS DOUBLE)"
+    if condition.values:
+        return _equals_one(text, number, condition.values)
 
     def bounded(bound: str, limit: Any) -> str:
         sign = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}[bound]
         if isinstance(limit, str):
-            bare = _quoted(json.dumps(limit, ensure_ascii=False)[1:-1])
-            return f"{text} LIKE '\"%' AND btrim({text}, '\"') {sign} {bare}"
-        return f"{number} {sign} CAST({float(min(max(limit, -LARGEST), LARGEST))!r} AS DOUBLE)"
+            # by JSON path: the text would compare with the escapes of quotes and control characters
+            wanted = _quoted(f"{path} ? (@ {sign} {json.dumps(limit, ensure_ascii=False)})")
+            return f"{text} LIKE '\"%' AND json_exists(metadata, {wanted})"
+        return f"{number} {sign} {_double(limit)}"
 
-    if condition.values:
-        return " OR ".join(f"({equals(value)})" for value in condition.values)
     return " AND ".join(f"({bounded(bound, limit)})" for bound, limit in condition.bounds)
+
+
+def _equals_one(text: str, number: str, values: Sequence[Any]) -> str:
+    """Return that a value equals one of `values`: a list of each kind, as a parser descends into every OR."""
+    # a double would round a large seed
+    as_text = [isinstance(value, bool | str) or (isinstance(value, int) and abs(value) > 2**53) for value in values]
+    texts = [json.dumps(value, ensure_ascii=False) for value, one in zip(values, as_text) if one]
+    numbers = [_double(value) for value, one in zip(values, as_text) if not one and value is not None]
+    parts = []
+    if None in values:
+        parts.append(f"{text} IS NULL")
+        texts.append("null")
+    if texts:
+        parts.append(_one_of(text, texts))
+    if numbers:
+        parts.append(f"{number} IN ({', '.join(numbers)})")
+    return " OR ".join(f"({part})" for part in parts)
+
+
+def _double(value: int | float) -> str:
+    return f"CAST({float(min(max(value, -LARGEST), LARGEST))!r} AS DOUBLE)"

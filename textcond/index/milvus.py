@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -22,15 +23,17 @@ from textcond.bm25 import BM25Index
 
 from .filters import Condition, Filter, Scalar, conditions
 from .lexical import document_terms
-from .store import Row
+from .store import Row, check_ids, first_of_equal, metadata_json
 
 TOKEN = "MILVUS_TOKEN"
 LITE_COLLECTION = "prompts"
 INFO, EF = "textcond.info", "textcond.ef"  # properties of the collection
 SPLIT_TOKENS = {"tokenizer": "whitespace"}  # the texts come split: the server's analyzer has only to keep them so
+ESCAPES = re.compile(r"\\(?:u[0-9a-f]{4}|.)")  # as json.dumps writes them
 LONGEST = 65_535  # bytes of a VARCHAR, and of a JSON value
 LONGEST_ID = 1_024
 MOST_FOUND = 16_384  # rows that Milvus gives of one search or query
+VALUES_AT_ONCE = 8  # that are compared one after the other
 REQUEST_BYTES = 32 << 20  # half of what a server takes in one message
 PICTURE_PIECE = 65_532  # base64 characters: whole groups of four
 CONNECT_SECONDS, CALL_SECONDS, BUILD_SECONDS = 4, 60, 7200
@@ -66,6 +69,8 @@ class MilvusStore:
         ValueError: for an address of another form, or a collection that holds something else.
         OSError: if the server does not answer, or another process has the Milvus Lite file open.
     """
+
+    most = MOST_FOUND
 
     def __init__(self, address: str | Path):
         try:
@@ -135,6 +140,7 @@ class MilvusStore:
 
     def delete(self, ids: Sequence[str] | None, filter: Filter | None) -> int:
         """Remove the rows that have one of the ids (if given) and pass the filter (if given); return how many."""
+        check_ids(ids or ())
         removed = 0
         with self._write_lock, self._errors():
             if ids is None:
@@ -155,7 +161,7 @@ class MilvusStore:
     def dense(
         self, vector: np.ndarray, k: int, filter: Filter | None, exact: bool, *, vectors: bool = False
     ) -> list[tuple[Row, float]]:
-        """The k rows of largest cosine to a unit vector `(dim,)`, best first.
+        """The k rows of largest cosine to a unit vector `(dim,)`, best first; equal ones as `first_of_equal` says.
 
         Raises:
             ValueError: for a k above 16,384.
@@ -170,7 +176,7 @@ class MilvusStore:
     def lexical(
         self, tokens: Sequence[str], k: int, filter: Filter | None, *, vectors: bool = False
     ) -> list[tuple[Row, float]]:
-        """The k rows of largest BM25 among those that share a token, best first.
+        """The k rows of largest BM25 among those that share a token, best first; equal ones as `first_of_equal` says.
 
         Raises:
             ValueError: for a k above 16,384.
@@ -180,11 +186,15 @@ class MilvusStore:
             return []
         with self._errors():
             if self._stores_words:
-                return self._search(" ".join(tokens), "sparse", k, _expression(filter), {}, vectors)
+                query, expression = " ".join(tokens), _expression(filter)
+                return first_of_equal(
+                    lambda limit: self._search(query, "sparse", limit, expression, {}, vectors), k, self.most
+                )
             return self._rows_of(self._lexical_in_memory(tokens, k, _expression(filter)), vectors)
 
     def get(self, ids: Sequence[str], *, vectors: bool, images: bool) -> list[Row]:
         """The rows that are there, in the order of `ids`."""
+        check_ids(ids)
         with self._errors():
             found = {content["id"]: content for content in self._by_ids(ids, _fields(vectors, images))}
         return [_row(found[row_id]) for row_id in ids if row_id in found]
@@ -338,7 +348,7 @@ class MilvusStore:
     # -- rows ------------------------------------------------------------------------------------------------------
 
     def _content(self, row: Row) -> dict[str, Any]:
-        metadata = json.dumps(row.metadata, ensure_ascii=False)
+        metadata = metadata_json(row)
         facets = _facets(row.metadata)
         sizes = {"id": (_key(row.id), LONGEST_ID), "text": (row.text, LONGEST), "metadata": (metadata, LONGEST)}
         sizes["metadata"] = (max(metadata, json.dumps(facets, ensure_ascii=False), key=len), LONGEST)
@@ -422,8 +432,11 @@ class MilvusStore:
 
     def _nearest(self, vector: Any, k: int, expression: str, ef: int, vectors: bool = False) -> list[tuple[Row, float]]:
         query = np.asarray(vector, np.float32).tolist()
-        found = self._search(query, "vector", k, expression, {"ef": max(ef, k)} if ef else {}, vectors)
-        return sorted(found, key=lambda pair: (-pair[1], pair[0].id))
+
+        def search(limit: int) -> list[tuple[Row, float]]:
+            return self._search(query, "vector", limit, expression, {"ef": max(ef, limit)} if ef else {}, vectors)
+
+        return first_of_equal(search, k, self.most)
 
     def _rows_of(self, ranked: list[tuple[str, float]], vectors: bool) -> list[tuple[Row, float]]:
         rows = {row.id: row for row in self.get([row_id for row_id, _ in ranked], vectors=vectors, images=False)}
@@ -628,7 +641,7 @@ def _number(value: int | float) -> int | float:
     """Return a number that Milvus can read: 64 bits, and finite."""
     if isinstance(value, int) and -(2**63) <= value < 2**63:
         return value
-    largest = np.finfo(np.float64).max
+    largest = sys.float_info.max
     return float(min(max(value, -largest), largest))
 
 
@@ -639,18 +652,35 @@ def _expression(filter: Filter | None) -> str:
 
 def _condition(condition: Condition) -> str:
     if condition.values:
-        return " or ".join(_equals(condition.field, value) for value in condition.values)
+        return " or ".join(_equals_one(condition.field, condition.values))
     signs = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
     return " and ".join(
         f"{_path(_kind(limit), condition.field)} {signs[bound]} {_literal(limit)}" for bound, limit in condition.bounds
     )
 
 
-def _equals(field: str, value: Scalar) -> str:
-    if value is None:
+def _equals_one(field: str, values: Sequence[Scalar]) -> Iterator[str]:
+    """Expressions, of which one holds if the field equals one of the values."""
+    if None in values:
         kinds = ("truth", "number", "string", "other")
-        return "(" + " and ".join(f"not (exists {_path(kind, field)})" for kind in kinds) + ")"
-    return f"{_path(_kind(value), field)} == {_literal(value)}"
+        yield "(" + " and ".join(f"not (exists {_path(kind, field)})" for kind in kinds) + ")"
+    for kind in ("truth", "number", "string"):
+        path = _path(kind, field)
+        alike = sorted({value for value in values if value is not None and _kind(value) == kind})
+        if len(alike) > VALUES_AT_ONCE:
+            yield f"(exists {path} and ({_halved(path, alike)}))"
+        elif alike:
+            yield _halved(path, alike)
+
+
+def _halved(path: str, values: list[Any]) -> str:
+    """That a value is one of many in their order, found by halving: Milvus Lite knows no `in` for JSON."""
+    if len(values) <= VALUES_AT_ONCE:
+        return " or ".join(f"{path} == {_literal(value)}" for value in values)
+    half = len(values) // 2
+    low, high = _halved(path, values[:half]), _halved(path, values[half:])
+    middle = _literal(values[half])
+    return f"({path} < {middle} and ({low})) or ({path} >= {middle} and ({high}))"
 
 
 def _path(kind: str, field: str) -> str:
@@ -658,7 +688,9 @@ def _path(kind: str, field: str) -> str:
 
 
 def _literal(value: str | int | float | bool) -> str:
-    return json.dumps(_number(value) if _kind(value) == "number" else value, ensure_ascii=False)
+    text = json.dumps(_number(value) if _kind(value) == "number" else value, ensure_ascii=False)
+    # Milvus Lite knows the escapes of JSON for quotes, backslashes and white space only; other characters need none
+    return ESCAPES.sub(lambda match: match[0] if match[0][1] in '\\"nrt' else json.loads(f'"{match[0]}"'), text)
 
 
 def _among(ids: Sequence[str]) -> str:

@@ -289,13 +289,15 @@ def _comfy(texts: Mapping[str, str]) -> dict[str, Any]:
     links["negative"] = inputs.get("negative", guider.get("negative"))
     # the sampler's own values, then those of the nodes behind it, the nearest first
     values: dict[str, Any] = {}
-    for node in _behind(graph, sampler):
+    known: dict[str, Any] = {}
+    for node in _behind(graph, sampler, set()):
         kind, given = graph[node]
         for name, field in _SETTINGS.items():
             # text encoders have sizes too, which are not the picture's
-            if name in given and (field not in ("width", "height") or "Latent" in kind):
-                values.setdefault(field, _value(graph, given[name]))
-    texts_found = {name: _conditioning(graph, link, name) for name, link in links.items()}
+            ours = field not in ("width", "height") or "Latent" in kind
+            if ours and name in given and field not in values:
+                values[field] = _value(graph, given[name], known)
+    texts_found = {name: _conditioning(graph, link, name, known) for name, link in links.items()}
     prompts = {"prompt": texts_found["positive"], "negative_prompt": texts_found["negative"]}
     return fields(values | prompts) | {"tool": "comfyui"}
 
@@ -334,9 +336,10 @@ def _link(value: Any) -> str | None:
     return str(value[0]) if isinstance(value, list) and len(value) == 2 and isinstance(value[1], int) else None
 
 
-def _behind(graph: Graph, start: str) -> list[str]:
-    """Return a node and all that lead to it, the nearest first; a circle is walked once."""
-    order, seen = [start], {start}
+def _behind(graph: Graph, start: str, seen: set[str]) -> list[str]:
+    """Return a node and all that lead to it, the nearest first, but for those that were `seen`, which it adds to."""
+    order = [] if start in seen else [start]
+    seen.add(start)
     for node in order:
         for value in graph[node][1].values():
             source = _link(value)
@@ -349,29 +352,36 @@ def _behind(graph: Graph, start: str) -> list[str]:
 def _first_sampler(graph: Graph) -> str | None:
     """Return the sampler that decides the picture: of those that lead to an output, the first one to draw."""
     outputs = [node for node, (kind, _) in graph.items() if kind.startswith(_OUTPUTS)]
-    reached = [node for output in outputs for node in _behind(graph, output)] or list(reversed(graph))
-    samplers = [
+    seen: set[str] = set()
+    # the last output decides, and what led it to no sampler leads no other one to any
+    walks = [_behind(graph, output, seen) for output in reversed(outputs)] or [list(reversed(graph))]
+    samplers = (
         node
-        for node in reached
+        for walk in walks
+        for node in reversed(walk)
         if _link(graph[node][1].get("latent_image", graph[node][1].get("latent")))
         and (_link(graph[node][1].get("positive")) or _link(graph[node][1].get("guider")))
-    ]
-    return samplers[-1] if samplers else None
+    )
+    return next(samplers, None)
 
 
-def _value(graph: Graph, link: Any) -> Any:
-    """Return the value that a link leads to through primitive nodes, or None."""
-    seen: set[str] = set()
+def _value(graph: Graph, link: Any, known: dict[str, Any]) -> Any:
+    """Return the value that a link leads to through primitive nodes, or None; `known` are those of nodes, kept here."""
+    path: list[str] = []
     while (node := _link(link)) is not None:
-        if node in seen or node not in graph:
-            return None
-        seen.add(node)
+        if node in known or node not in graph:
+            link = known.get(node)
+            break
+        known[node] = None  # a circle has no value
+        path.append(node)
         inputs = graph[node][1]
         link = next((inputs[name] for name in (*_TEXTS, "seed", "int", "float") if name in inputs), None)
-    return link
+    value = link.strip() if isinstance(link, str) else link
+    known.update(dict.fromkeys(path, value))
+    return value
 
 
-def _conditioning(graph: Graph, link: Any, side: str) -> str:
+def _conditioning(graph: Graph, link: Any, side: str, known: dict[str, Any]) -> str:
     """Return the texts that a `positive` or `negative` link leads to, in order, each once."""
     found: list[str] = []
     waiting, seen = [link], set()
@@ -383,8 +393,8 @@ def _conditioning(graph: Graph, link: Any, side: str) -> str:
         kind, inputs = graph[node]
         if kind == "ConditioningZeroOut":
             continue
-        texts = [_value(graph, inputs[name]) for name in _TEXTS if name in inputs]
-        texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+        texts = [_value(graph, inputs[name], known) for name in _TEXTS if name in inputs]
+        texts = [text for text in texts if isinstance(text, str) and text]
         if texts:
             found += texts
         elif side in inputs:  # such as of a ControlNet, which passes both on

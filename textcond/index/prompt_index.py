@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from textcond.folders import atomic_folder
 
-from .filters import Filter, conditions
+from .filters import INTEGERS, Filter, check_unicode, conditions
 from .fusion import NearTexts, maximal_marginal_relevance, reciprocal_rank_fusion
 from .lance import INFO, LOCK, LanceStore
 from .lexical import query_terms
@@ -55,8 +56,12 @@ class Hit:
     @cached_property
     def image(self) -> Image.Image | None:
         """The row's picture, read when first asked for; None if it has none."""
-        content = self._read_image() if self._read_image else None
+        content = self.image_file()
         return None if content is None else stored_picture(content, self.id)
+
+    def image_file(self) -> bytes | None:
+        """The row's picture as the file's content that was stored; None if it has none."""
+        return self._read_image() if self._read_image else None
 
 
 class _Pictures:
@@ -272,6 +277,9 @@ class PromptIndex:
         """
         if k < 1:
             raise ValueError(f"k={k}: ask for at least 1 result")
+        most = self.store.most or sys.maxsize
+        if k > most:
+            raise ValueError(f"k={k:,}: this store gives at most {most:,} rows")
         if mode not in ("hybrid", "dense", "lexical"):
             raise ValueError(f"mode {mode!r} is unknown: use hybrid, dense or lexical")
         if not 0 <= diversity <= 1:
@@ -281,16 +289,16 @@ class PromptIndex:
         wanted = k if diversity == 0 else max(4 * k, 20)
         # fusion can put first what is low in both lists; one list needs rows to spare for near-duplicates alone
         least = max(50, 3 * wanted) if vector is not None and tokens is not None else max(20, 2 * wanted)
-        depth = least + (id is not None)
+        depth = min(least + (id is not None), most)
         varied = diversity > 0
         while True:
             dense = [] if vector is None else self.store.dense(vector, depth, filter, exact=False, vectors=varied)
             lexical = [] if tokens is None else self.store.lexical(tokens, depth, filter, vectors=varied)
             hits, vectors = self._hits(dense, lexical, wanted, id, collapse)
             exhausted = len(dense) < depth and len(lexical) < depth
-            if len(hits) >= wanted or exhausted or depth > 16 * least:
+            if len(hits) >= wanted or exhausted or depth > 16 * least or depth == most:
                 break
-            depth *= 4  # many near-duplicates
+            depth = min(4 * depth, most)  # many near-duplicates
         if varied:
             chosen = maximal_marginal_relevance(np.array([hit.score for hit in hits]), vectors, k, diversity)
             hits = [hits[place] for place in chosen]
@@ -329,7 +337,7 @@ class PromptIndex:
         """
         if self._encoder is not None and self._encoder.weights_hash() != self._info["weights_hash"]:
             raise ValueError("the encoder changed after rows were added: add them again to a new index")
-        if self._path is not None and Path(path).expanduser().resolve() == Path(self._path).expanduser().resolve():
+        if self._path is not None and _same_place(path, self._path):
             raise ValueError(f"{path} is the index itself, which keeps what is added at once: save to another place")
         info = self._info | {"encoder": _moved_name(self._info["encoder"], self._path, path)}
         if not isinstance(store_at(path), LanceStore):
@@ -346,18 +354,28 @@ class PromptIndex:
     def rebuild(self, path: str | Path, encoder: TextEncoder, *, show_progress_bar: bool = False) -> PromptIndex:
         """Make an index at `path` of the same rows with the vectors of another encoder, and return it.
 
-        If it was stopped half-way, the same call goes on: rows that are there are not encoded again.
+        If it was stopped half-way, the same call goes on: rows that are there as they are here are not encoded again.
 
         Raises:
-            ValueError: if there is an index of yet another encoder at `path`.
+            ValueError: if `path` is this index itself, or holds one of yet another encoder or with other rows.
         """
+        if self._path is not None and _same_place(path, self._path):
+            raise ValueError(f"{path} is the index itself, which stays as it is: choose another place")
         target = store_at(path)
         if not target.info():
             PromptIndex.create(path, encoder)
         index = PromptIndex.open(path, encoder)
+        for rows in index.store.scan(None, batch=BATCH, vectors=False, images=False):
+            known = {row.id for row in self.store.get([row.id for row in rows], vectors=False, images=False)}
+            if foreign := [row.id for row in rows if row.id not in known]:
+                raise ValueError(
+                    f"{path} holds the row {foreign[0]!r}, which is not in {self._path or 'this index'}: choose "
+                    "another place, or remove it"
+                )
         with tqdm(total=len(self), desc="encoding", unit=" rows", disable=not show_progress_bar) as progress:
             for rows in self.store.scan(None, batch=BATCH, vectors=False, images=True):
-                done = {row.id for row in index.store.get([row.id for row in rows], vectors=False, images=False)}
+                made = {row.id: row for row in index.store.get([row.id for row in rows], vectors=False, images=False)}
+                done = {row.id for row in rows if row.id in made and _alike(row, made[row.id])}
                 index._write(rows, done, None, False)
                 progress.update(len(rows))
         index.optimize()
@@ -384,6 +402,7 @@ class PromptIndex:
         for place, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"a text is a string, got {type(text).__name__} at place {place}")
+            check_unicode(text, f"text {place}")
             values = _checked_metadata(None if metadata is None else metadata[place], place)
             picture = None if images is None else images[place]
             if not text.strip() and (picture is None or not reads_pictures):
@@ -397,6 +416,7 @@ class PromptIndex:
             name = content_id(text, values, content) if ids is None else ids[place]
             if not isinstance(name, str) or not name:
                 raise TypeError(f"an id is a string that is not empty, got {name!r} at place {place}")
+            check_unicode(name, f"id {place}")
             rows.append(Row(name, text, values, image=content, has_image=content is not None))
         if ids is not None and len(set(ids)) < len(rows):
             twice = next(name for place, name in enumerate(ids) if name in ids[:place])
@@ -459,6 +479,7 @@ class PromptIndex:
                 raise ValueError("the query is empty: give it at least one word")
             if len(query) > LONGEST_QUERY:
                 raise ValueError(f"the query has {len(query):,} characters, at most {LONGEST_QUERY:,} are searched for")
+            check_unicode(query, "the query")
             text, vector = query, None if mode == "lexical" else self.encoder.encode(query, kind="query")
         else:
             if mode == "lexical":
@@ -613,8 +634,26 @@ def _checked_metadata(values: dict[str, Any] | None, place: int) -> dict[str, An
     if values is None:
         return {}
     try:
-        if isinstance(values, dict) and json.loads(json.dumps(values, allow_nan=False)) == values:
-            return values
-    except (TypeError, ValueError):
-        pass
-    raise TypeError(f"metadata {place} is not a dict of JSON values: {values!r:.80}")
+        content = json.dumps(values, allow_nan=False, ensure_ascii=False)
+        read = json.loads(content, parse_int=_kept_integer)
+    except (TypeError, ValueError, RecursionError):
+        content = read = None
+    if not isinstance(values, dict) or read != values:
+        raise TypeError(f"metadata {place} is not a dict of JSON values, its integers of 64 bits: {values!r:.80}")
+    check_unicode(content, f"metadata {place}")
+    return values
+
+
+def _kept_integer(digits: str) -> int:
+    value = int(digits)
+    if value not in INTEGERS:
+        raise ValueError(f"{digits:.40} has more than 64 bits")
+    return value
+
+
+def _same_place(path: str | Path, other: str | Path) -> bool:
+    return Path(path).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _alike(row: Row, made: Row) -> bool:
+    return (row.text, row.metadata, row.has_image) == (made.text, made.metadata, made.has_image)

@@ -4,6 +4,7 @@
 |---|---|
 | `.txt` | one text a line |
 | `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, a `datasets.save_to_disk` folder | a column of texts (`text`, `prompt`, `caption` or as told), one of pictures if there is one (`image`, `file_name` ...); the other columns are metadata |
+| `.csv`, `.tsv` | besides, a cell that is a plain number, `true` or `false` is that value, not a text |
 | DiffusionDB: `metadata.parquet`, `part-000001.json` | prompts with seed, steps and the rest under our names, and pictures that lie beside |
 | a picture, or a folder of them | the prompt that the picture's metadata hold, or that of a `.txt` file of the same name |
 
@@ -17,6 +18,7 @@ import datetime
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +49,10 @@ MAX_PART = 64 << 20  # bytes of a DiffusionDB part, which is read whole; theirs 
 
 # as the metadata of DiffusionDB number them (Wang et al., 2022)
 _SAMPLERS = ("ddim", "plms", "k_euler", "k_euler_ancestral", "k_heun", "k_dpm_2", "k_dpm_2_ancestral", "k_lms")
+_PART_START = re.compile(rb'\{\s*"([^"]*)"\s*:\s*\{([^}]*)')
 _PART = {"p": "prompt", "se": "seed", "c": "cfg", "st": "step", "sa": "sampler"}
+
+_PLAIN = re.compile(r"-?(?:0|[1-9][0-9]{0,18})(?:\.[0-9]+)?|true|false")  # not 007 and 1e5, which may be names
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ class SourceRow:
     place: int = 1
 
 
+def absolute(path: str | Path) -> Path:
+    """Return a path from the root on, links in it kept."""
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
 def find_sources(paths: Iterable[str | Path]) -> list[Source]:
     """Return what there is to read; a folder of pictures gives each of its pictures, in the order of their names.
 
@@ -83,7 +93,7 @@ def find_sources(paths: Iterable[str | Path]) -> list[Source]:
         ValueError: a file of another kind.
     """
     found: list[Source] = []
-    for path in [Path(os.path.abspath(Path(path).expanduser())) for path in paths]:
+    for path in map(absolute, paths):
         if is_datasets_folder(path):
             found.append(Source(path, "table"))
         elif path.is_dir():
@@ -171,7 +181,7 @@ def count_rows(source: Source, *, text_column: str | None = None, split: str | N
 
         try:
             return pyarrow.parquet.read_metadata(source.path).num_rows
-        except pyarrow.ArrowInvalid:
+        except (OSError, pyarrow.ArrowException):
             return None  # reading says what is wrong
     return _count(source.path, b"\n")
 
@@ -221,9 +231,10 @@ def _kind(path: Path) -> str:
     if container(path) == "json":
         with open_bytes(path) as file:
             start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        # an object whose first value is an object: one row a line would begin with a name and a plain value
-        name, _, value = start.partition(b":")
-        return "part" if name.startswith(b"{") and value.lstrip().startswith(b"{") else "table"
+        # an object by a picture's name, or with a prompt `p`: the first value of a row a line may be an object, too
+        found = _PART_START.match(start)
+        named = found is not None and found[1].decode(errors="replace").lower().endswith(SUFFIXES)
+        return "part" if named or (found is not None and re.search(rb'"p"\s*:\s*"', found[2])) else "table"
     if container(path) is None:
         known = ", ".join((".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", *SUFFIXES))
         raise ValueError(f"{path} is none of {known}: rename or convert it")
@@ -268,6 +279,8 @@ def _table_row(source: Source, number: int, row: Mapping[str, Any], column: str,
     image_column = next((name for name in IMAGE_COLUMNS if name in row and name != column), None)
     image = _cell_picture(source, row[image_column], thumbnails) if image_column else None
     values = {name: value for name, value in row.items() if name not in (column, "image")}
+    if container(source.path) in ("csv", "tsv"):
+        values = {name: _typed(value) for name, value in values.items()}
     if "image_name" in row and "prompt" in row and "seed" in row:
         values = _diffusion_db(values)
     metadata = {str(name): plain for name, value in values.items() if (plain := _plain(value)) is not None}
@@ -282,6 +295,14 @@ def _diffusion_db(values: dict[str, Any]) -> dict[str, Any]:
     ours = fields(values)
     theirs = {"seed", "step", "cfg", "sampler", "width", "height", "user_name"}
     return ours | {name: value for name, value in values.items() if name not in theirs}
+
+
+def _typed(cell: Any) -> Any:
+    """Return what a cell of a table without types says: a number of 64 bits, true, false, or else its text."""
+    if not isinstance(cell, str) or not _PLAIN.fullmatch(cell):
+        return cell
+    value = json.loads(cell)
+    return value if -(2**63) <= value < 2**63 else cell
 
 
 def _plain(value: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from .filters import Filter
+from .filters import Filter, check_unicode
 
 
 @dataclass
@@ -33,7 +34,12 @@ class Store(Protocol):
     """Rows with vectors, words and pictures, somewhere that outlives the process.
 
     Every error is an OSError or ValueError in one sentence; several threads may call one store.
+
+    Attributes:
+        most: the largest k of a search; None where there is no limit.
     """
+
+    most: int | None
 
     def info(self) -> dict[str, Any]:
         """What was last given to `set_info`; empty in a new store."""
@@ -63,6 +69,7 @@ class Store(Protocol):
     ) -> list[tuple[Row, float]]:
         """The k rows of largest cosine to a unit vector `(dim,)`, best first; `exact` sets an ANN index aside.
 
+        Equal scores come in the order of ids, also where k cuts them, as far as `first_of_equal` looks.
         Rows come without pictures, and without vectors unless asked for.
         """
         ...
@@ -96,3 +103,37 @@ class Store(Protocol):
     def close(self) -> None:
         """Let go of files and connections; the store is not used again."""
         ...
+
+
+def metadata_json(row: Row) -> str:
+    """Return a row's metadata as JSON; a ValueError names what of the row is not Unicode."""
+    metadata = json.dumps(row.metadata, ensure_ascii=False)
+    check_unicode(row.id, "id")
+    check_unicode(row.text, f"row {row.id[:60]!r}: its text")
+    check_unicode(metadata, f"row {row.id[:60]!r}: its metadata")
+    return metadata
+
+
+def check_ids(ids: Sequence[str]) -> None:
+    """Raise a ValueError for an id that is not Unicode."""
+    for id in ids:
+        check_unicode(id, "id")
+
+
+def first_of_equal(
+    search: Callable[[int], list[tuple[Row, float]]], k: int, most: int | None = None
+) -> list[tuple[Row, float]]:
+    """Return the k best rows of `search(limit)`, equal scores in the order of ids.
+
+    A database cuts its answer without a look at ids. Where the next row is as good as the k-th, the first ids are
+    chosen among 4k rows (at least 100; at most `most`); of more equal rows than that, the database chooses.
+    """
+
+    def found(limit: int) -> list[tuple[Row, float]]:
+        rows = search(limit if most is None else min(limit, most))
+        return sorted(rows, key=lambda pair: (-pair[1], pair[0].id))
+
+    rows = found(k + 1)
+    if len(rows) > k and rows[k - 1][1] == rows[k][1]:
+        rows = found(max(4 * k, 100))
+    return rows[:k]
