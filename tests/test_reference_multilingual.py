@@ -42,6 +42,7 @@ from textcond.pipelines.reference.multilingual import (
     StudentRecipe,
     alignment_prompts,
     build_multilingual,
+    held_out_captions,
     name_task,
     new_student,
     student_config,
@@ -423,6 +424,24 @@ def test_the_recipe_runs_whole_and_what_is_finished_stays(built, teacher, data, 
         build_multilingual(tmp_path / "out", ["align"], **{**options, "data": None})
     with pytest.raises(ValueError, match="pass packages="):
         build_multilingual(tmp_path / "out", ["phrases"], **{**options, "phrases": tmp_path / "none"})
+
+
+def test_a_favoured_language_is_drawn_more_often_and_captions_are_held_out(built, data):
+    concepts = read_concepts(data)
+
+    def counted(**recipe):
+        lines = alignment_prompts(
+            built, concepts, AlignRecipe(concepts=8, translations=1, general=0.0, words=0, **recipe)
+        )
+        return lines, sum("背景" in line for line in lines)
+
+    (plain, before), (_, after) = counted(), counted(favoured={"ja": 5.0})
+    assert after > 1.5 * before
+    held_out = held_out_captions(plain, concepts[:8], 5)
+    english = {line.partition("\t")[0] for line in held_out}
+    assert len(english) == 5
+    assert [line for line in plain if line.partition("\t")[0] in english] == held_out
+    assert not held_out_captions(["a sentence about something else"], concepts, 5)
 
 
 def test_alignment_reads_no_held_out_combination_and_every_aligned_language(built, data):

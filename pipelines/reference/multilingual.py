@@ -475,6 +475,7 @@ class AlignRecipe:
         words: captions of each translation that `words.txt` has of a name or keyword of what is drawn, beside the word
             alone; the teacher reads the English word. A name is one word of several, and among the general lines a
             dictionary's is hardly ever read. None with `leave_out`, for they come in its languages too.
+        favoured: how many times as often as the others a language is drawn, for those that are to catch up.
         leave_out: the languages `WITHHELD` and the concepts that the cases "dictionary" and "unseen" ask for; False for
             an encoder that is to draw all that the denoiser can, in any of its languages, of which these cases then
             tell nothing.
@@ -488,6 +489,7 @@ class AlignRecipe:
     modified: int = 3
     reworded: int = 2
     words: int = 2
+    favoured: dict[str, float] = field(default_factory=dict)
     leave_out: bool = False
     general: float = 0.25
     anchors: int = 300_000
@@ -519,26 +521,32 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
     left_out = [concept for concept in drawn if recipe.leave_out and is_held_out_concept(concept.name)]
     hidden = {key(name) for concept in left_out for name in concept.names.values()}
     lines: list[str] = []
+
+    def odds(languages: list[str]) -> np.ndarray:
+        times = np.array([recipe.favoured.get(language, 1.0) for language in languages])
+        return times / times.sum()
+
     for concept in drawn:
         if concept in left_out:
             continue
         names = {language: name for language, name in concept.names.items() if key(name) not in hidden}
         aligned = sorted(language for language in names if language in captioned)
         further = sorted(language for language in names if language.split("-")[0] not in ("en", *ALIGNED, *WITHHELD))
+        said_in = ["en", *aligned]
         parts = itertools.product([None, *STYLES], [None, *COLOURS])
         for style, colour in parts:
             if style and colour and is_held_out(concept.name, style, colour):
                 continue
             english = caption(concept, style, colour)
             lines.append(english)
-            for language in rng.permutation(aligned)[: recipe.translations]:
+            for language in rng.choice(aligned, min(recipe.translations, len(aligned)), replace=False, p=odds(aligned)):
                 lines.append(f"{english}\t{foreign_caption(names[language], language, style, colour)}")
             for language in rng.permutation(further)[: recipe.names]:
                 lines.append(f"{english}\t{caption(concept, style, colour, words=names[language])}")
-            for language in rng.choice(["en", *aligned], recipe.modified if modifiers else 0):
+            for language in rng.choice(said_in, recipe.modified if modifiers else 0, p=odds(said_in)):
                 said = english if language == "en" else foreign_caption(names[language], language, style, colour)
                 lines.append(f"{english}\t{modified(said, modifiers, rng)}")
-            for language in rng.choice(["en", *aligned], recipe.reworded):
+            for language in rng.choice(said_in, recipe.reworded, p=odds(said_in)):
                 name = str(rng.choice(spellings(concept.name if language == "en" else names[language], language)))
                 lines.append(f"{english}\t{reworded(name, language, style, colour, rng)}")
         if len(concept.keywords) > 1:
@@ -563,6 +571,18 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
     count = min(len(others), round(len(lines) * recipe.general / (1 - recipe.general)))
     lines += [others[place] for place in rng.permutation(len(others))[:count]]
     return [lines[place] for place in rng.permutation(len(lines))]
+
+
+def held_out_captions(lines: Sequence[str], concepts: Sequence[Concept], count: int) -> list[str]:
+    """All lines of the first `count` captions among them, to score an alignment by: the other phrases are more.
+
+    Their English is no line that the alignment reads, see `align`.
+    """
+    parts = list(itertools.product([None, *STYLES], [None, *COLOURS]))
+    captions = {caption(concept, style, colour) for concept in concepts for style, colour in parts}
+    said = dict.fromkeys(line.partition("\t")[0] for line in lines)
+    chosen = set(itertools.islice((english for english in said if english in captions), count))
+    return [line for line in lines if line.partition("\t")[0] in chosen]
 
 
 def modified(text: str, modifiers: Sequence[str], rng: np.random.Generator) -> str:
@@ -659,7 +679,9 @@ def build_multilingual(
         finetune(distilled / "encoder", phrases, out / "finetune", recipe.finetune)
     if "align" in stages and not (out / "aligned" / "alignment.json").is_file():
         _need(out / "finetune" / "encoder", "finetune")
-        lines = alignment_prompts(phrases, read_concepts(data), recipe.align)
+        concepts = read_concepts(data)
+        lines = alignment_prompts(phrases, concepts, recipe.align)
+        held_out = held_out_captions(lines, concepts[: recipe.align.concepts], recipe.align.options.held_out)
         tuned = TextEncoder.from_pretrained(out / "finetune" / "encoder")
         if start is not None:
             begun = ConditioningEncoder.from_pretrained(start, dtype=torch.float32)
@@ -667,7 +689,10 @@ def build_multilingual(
             tuned = begun
         with (phrases / "distil.txt").open(encoding="utf-8") as file:
             anchors = list(itertools.islice(file, recipe.align.anchors))
-        align(pipeline or load_reference(), tuned, lines, out / "aligned", recipe.align.options, anchors=anchors)
+        align(
+            pipeline or load_reference(), tuned, lines, out / "aligned", recipe.align.options,
+            held_out=held_out, anchors=anchors,
+        )  # fmt: skip
     if "pictures" in stages and not (out / "pictures" / IMAGE_FOLDER).is_dir():
         _need(out / "aligned" / "alignment.json", "align")
         drawings, encoder = ReferenceData.load(data), TextEncoder.from_pretrained(out / "aligned")
