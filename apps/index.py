@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 index = typer.Typer(help="Make and keep indexes of prompts and pictures, which `textcond search` looks into.")
 
 THUMBNAIL_WIDTH = 24  # character cells; half as many high, of two pixels each
+SETTLED = 10_000  # rows from which an index that was just made is optimized
 FILTER = re.compile(r"([^=<>!]*[^=<>!\s])\s*(>=|<=|=|>|<)\s*((?![=<>]).*)", re.DOTALL)
 BOUNDS = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}
 
@@ -106,7 +107,9 @@ def build(
     from textcond.index.sources import find_sources
 
     find_sources(sources)  # before anything is made
-    _feed(_created(path, encoder, device, dtype), path, sources, feeding)
+    made = _created(path, encoder, device, dtype)
+    _feed(made, path, sources, feeding)
+    _settle(made)
 
 
 @index.command()
@@ -152,7 +155,7 @@ def stats(path: IndexArgument, as_json: JsonOption = False) -> None:
 
 @index.command()
 def optimize(path: IndexArgument) -> None:
-    """Make INDEX smaller and faster to search after many changes."""
+    """Make INDEX faster to search after many changes, and smaller, but for what readers of late may still be at."""
     quiet_libraries()
     _opened(path).optimize()
     print(path)
@@ -186,6 +189,7 @@ def demo(
             for row in _demo_rows(modifiers):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         _feed(made, path, [rows], Feeding(distinct=True))
+    _settle(made)
 
 
 def search(
@@ -387,6 +391,13 @@ def _feed(made: PromptIndex, path: str, sources: list[Path], feeding: Feeding) -
     if not report.read and not len(made):
         raise ValueError(f"{path} is still empty, no row of {', '.join(map(str, sources))} could be used: {report}")
     print(f"{path}: {report}")
+
+
+def _settle(made: PromptIndex) -> None:
+    """A large index that was just made is searched much faster once its many pieces are one."""
+    if len(made) >= SETTLED:
+        print("textcond: making it fast to search", file=sys.stderr)
+        made.optimize()
 
 
 def _demo_rows(modifiers: dict[str, list[str]]) -> Iterator[dict[str, Any]]:

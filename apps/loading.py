@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,8 @@ def load_pipeline(
         for file in sorted(folder.rglob("*.safetensors")):
             check_safetensors(file)
         parts = _large_parts(folder, precision, tell)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=precision, use_safetensors=True, **parts)
+        options = {"dtype": precision, "use_safetensors": True, "variant": _variant(folder.glob("*/*.safetensors"))}
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options, **parts)
         tell(1, f"moving to {place}")
         if fits(pipe, place):
             pipe.to(place)
@@ -96,10 +97,18 @@ def _large_parts(
     total, done, loaded = sum(weights for *_, weights in models.values()), 0, {}
     for name, (library, kind, weights) in models.items():
         on_progress(done / total, f"{name} ({weights / 1e6:,.0f} MB)")
-        options: dict[str, Any] = {"dtype": precision, "use_safetensors": True}
+        variant = _variant((folder / name).glob("*.safetensors"))
+        options: dict[str, Any] = {"dtype": precision, "use_safetensors": True, "variant": variant}
         loaded[name] = getattr(importlib.import_module(library), kind).from_pretrained(folder / name, **options)
         done += weights
     return loaded
+
+
+def _variant(files: Iterable[Path]) -> str | None:
+    """The variant that weights were saved as, such as "fp16", if there are none of the plain name."""
+    names = [re.fullmatch(r"[^.]+(?:\.([^.-]+))?(?:-\d+-of-\d+)?\.safetensors", file.name) for file in files]
+    variants = sorted({found[1] or "" for found in names if found})
+    return variants[0] or None if variants else None
 
 
 # Activations need memory beside the weights: about as much again for small pipelines, less for large ones.

@@ -403,3 +403,13 @@ def test_demo_adds_modifiers_to_the_reference_captions(run, encoder, tmp_path, m
     assert {hit.text for hit in hits if "list" in hit.metadata} == {"volumetric light", "a photo", "baroque"}
     assert {hit.text for hit in PromptIndex.open(demo.index).rows()} <= {hit.text for hit in hits}
     assert any(hit.image for hit in hits)
+
+
+def test_a_large_index_is_optimized_when_it_was_made(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("textcond.apps.index.SETTLED", 3)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    text_encoder().save_pretrained(tmp_path / "encoder")
+    code, _, err = run("index", "build", "big", "rows.jsonl", "-e", "encoder", "--batch-size", "1")
+    assert code == 0, err
+    assert "making it fast to search" in err
+    assert json.loads(run("index", "stats", "big", "--json")[1])["pieces"] == 1

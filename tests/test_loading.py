@@ -86,3 +86,12 @@ def test_the_shipped_encoders_read_pictures_too(name, width):
 
 def test_multilingual_is_the_shipped_encoder():
     assert (Path(find_encoder("multilingual")) / "model.safetensors").is_file()
+
+
+def test_a_pipeline_saved_as_a_variant_alone_is_loaded(demo, tmp_path):
+    load_pipeline(demo.pipeline).save_pretrained(tmp_path, variant="fp16")
+    assert not list(tmp_path.glob("*/model.safetensors"))
+    assert list(tmp_path.glob("*/*.fp16.safetensors"))
+    loaded, expected = load_pipeline(str(tmp_path)), load_pipeline(demo.pipeline)
+    ours, theirs = (pipe.unet.state_dict() for pipe in (loaded, expected))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

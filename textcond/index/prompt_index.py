@@ -166,7 +166,13 @@ class PromptIndex:
             ValueError: if the index names none, or its weights have changed.
         """
         if self._encoder is None:
-            encoder = _load_encoder(self._info, self._path)
+            try:
+                encoder = _load_encoder(self._info, self._path)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"the encoder of {self._path or 'this index'} is gone ({error}): open the index with it from where "
+                    "it is now, or make its vectors anew with `textcond index rebuild`"
+                ) from error
             self._check_encoder(encoder)
             self._encoder = encoder
         return self._encoder
