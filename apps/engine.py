@@ -121,6 +121,10 @@ class Engine:
         config = Path(encoder) / "config.json"
         if self._pipe is None or not config.is_file():
             return True
+        from textcond.pipelines.swap import CONNECTOR
+
+        if (config.parent / CONNECTOR).is_file():
+            return True  # it is the connector that gives what the pipeline reads
         try:
             wanted = {contract.token_width for contract in self.contracts()}
             given = read_json(config).get("hidden_size")
@@ -152,12 +156,16 @@ class Engine:
         """
         import torch
 
-        from textcond.pipelines.families import family_of
+        from textcond.pipelines.denoisers import TimestepAwareUNet
+        from textcond.pipelines.families import denoiser_of, family_of
 
         with self._conditioned(encoder) as pipe, torch.inference_mode():
             arguments = family_of(pipe).arguments
             began = time.monotonic()
-            tokens = arguments(pipe, [prompt])["prompt_embeds"].float().cpu()
+            tokens = arguments(pipe, [prompt])["prompt_embeds"]
+            if isinstance(denoiser := denoiser_of(pipe), TimestepAwareUNet):
+                tokens = denoiser.connector(tokens)
+            tokens = tokens.float().cpu()
             seconds = time.monotonic() - began
             tokenizer, padded = longest_reader(pipe)
             length = prompt_length(tokenizer, prompt, padded)

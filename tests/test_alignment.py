@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -529,6 +530,7 @@ def test_held_out_prompts_leave_those_that_are_trained_on(tmp_path):
         ({"denoiser_steps": 0}, {"pictures": "nowhere"}, "pictures are read in denoiser steps"),
         ({"bridge": "mlp"}, {"encoder": "conditioning"}, "bridge='mlp', and the encoder goes on with"),
         ({"tokens": 5}, {"encoder": "conditioning"}, "tokens=5, and the encoder goes on with"),
+        ({}, {"encoder": "identity"}, "read through a connector"),
         ({"call": {"hieght": 16}}, {}, "takes no hieght"),
         ({"bridge": "timestep"}, {"pipe": tiny_families.flux}, "before a UNet2DConditionModel"),
         ({}, {"pipe": tiny_audio.musicldm}, "cannot teach: .*mend_clap"),
@@ -536,7 +538,8 @@ def test_held_out_prompts_leave_those_that_are_trained_on(tmp_path):
 )
 def test_what_would_fail_later_or_be_ignored_is_refused_at_once(tmp_path, changes, given, message):
     pipe = given.pop("pipe", tiny.stable_diffusion)()
-    make = {"conditioning": tiny.conditioning, "bert": tiny.text_encoder}[given.get("encoder", "bert")]
+    encoders = {"identity": partial(tiny.conditioning, bridge="identity"), "conditioning": tiny.conditioning}
+    make = encoders.get(given.get("encoder"), tiny.text_encoder)
     given = {name: value for name, value in given.items() if name != "encoder"}
     with pytest.raises(ValueError, match=message):
         align(pipe, make(), prompts(), tmp_path / "out", AlignmentOptions(**SHORT | changes), **given)

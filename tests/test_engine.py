@@ -138,4 +138,6 @@ def test_an_encoder_brings_its_connector(demo, tmp_path):
     aware.save_connector(tmp_path / "encoder" / "connector.safetensors")
     with engine._conditioned(str(tmp_path / "encoder")) as pipe:
         assert isinstance(pipe.unet, TimestepAwareUNet)
+    assert engine.may_take(str(tmp_path / "encoder"))
+    assert np.isfinite(engine.read("a red fox", str(tmp_path / "encoder")).cosine(engine.read("a red fox")))
     assert engine._pipeline().unet is unet

@@ -505,6 +505,11 @@ def _check(pipe: DiffusionPipeline, encoder: TextEncoder | ConditioningEncoder, 
     accepted = inspect.signature(pipe.__call__).parameters
     if unknown := [name for name in options.call if name not in accepted]:
         raise ValueError(f"the call of a {type(pipe).__name__} takes no {unknown[0]}: leave it out")
+    if isinstance(encoder, ConditioningEncoder) and encoder.config.bridge == "identity":
+        raise ValueError(
+            "this encoder is read through a connector, with which it does not go on: give the text encoder that it was "
+            "made of, and bridge='timestep'"
+        )
     for name in ("bridge", "tokens") if isinstance(encoder, ConditioningEncoder) else ():
         given, own = getattr(options, name), getattr(encoder.config, name)
         if given not in (None, own):
