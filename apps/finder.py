@@ -71,22 +71,20 @@ class Finder:
         return self.search(prompt, k), "its prompt"
 
     def _distinct(self, k: int, **asked: Any) -> list[Hit]:
+        """Of rows that share a picture the best one, or the best in the language of the best of all, if rows say it."""
         for depth in (4 * k, 8 * k):
             hits = self.index.search(k=depth, **asked)
-            seen: set[tuple] = set()
-            kept = []
+            best: dict[Any, Hit] = {}
+            language = hits[0].metadata.get("language") if hits else None
             for hit in hits:
-                if (image := hit.image) is not None:
-                    picture = (image.size, image.mode, hashlib.sha256(image.tobytes()).digest())
-                    if picture in seen:
-                        continue
-                    seen.add(picture)
-                kept.append(hit)
-                if len(kept) == k:
-                    return kept
-            if len(hits) < depth:
+                image = hit.image
+                picture = hit.id if image is None else (image.size, hashlib.sha256(image.tobytes()).digest())
+                before = best.setdefault(picture, hit)
+                if before.metadata.get("language") != language == hit.metadata.get("language"):
+                    best[picture] = hit
+            if len(best) >= k or len(hits) < depth:
                 break
-        return kept
+        return sorted(best.values(), key=lambda hit: -hit.score)[:k]
 
     def add(self, text: str, metadata: dict[str, Any], image: Image) -> None:
         """Put a row into what is searched; one that is there already is kept once."""

@@ -141,3 +141,13 @@ def test_an_encoder_brings_its_connector(demo, tmp_path):
     assert engine.may_take(str(tmp_path / "encoder"))
     assert np.isfinite(engine.read("a red fox", str(tmp_path / "encoder")).cosine(engine.read("a red fox")))
     assert engine._pipeline().unet is unet
+
+
+def test_of_one_picture_the_row_in_the_language_of_the_best_is_shown():
+    index = PromptIndex(tiny.text_encoder())
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    texts = ["red fox", "blue dog", "red fox blue dog", "blue dog here"]
+    languages = ["en", "de", "fr", "en"]
+    index.add(texts, metadata=[{"language": one} for one in languages], images=[red, blue, blue, blue])
+    found = Finder(index).search("red fox", 10)
+    assert [(hit.text, hit.metadata["language"]) for hit in found] == [("red fox", "en"), ("blue dog here", "en")]
