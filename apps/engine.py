@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from textcond.folders import read_json
+from textcond.folders import model_folder, read_json
 from textcond.index.prompt_index import LONGEST_QUERY
 
 from .finder import Finder, open_index
@@ -292,7 +292,7 @@ class Engine:
         with self._loading:
             if encoder not in self._encoders:
                 denoiser, folder = denoiser_of(self._pipeline()), find_encoder(encoder)
-                if (Path(folder) / CONNECTOR).is_file():
+                if (model_folder(folder) / CONNECTOR).is_file():
                     return folder  # the swap reads both
                 loaded = load_encoder(folder, dtype=denoiser.dtype, device=denoiser.device)
                 self._encoders = dict([*self._encoders.items(), (encoder, loaded)][-KEPT_ENCODERS:])
