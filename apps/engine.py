@@ -16,8 +16,8 @@ from textcond.folders import model_folder, read_json
 from textcond.index.prompt_index import LONGEST_QUERY
 
 from .finder import Finder, open_index
-from .generation import draw, longest_reader, prompt_length
-from .loading import find_encoder, load_pipeline
+from .generation import default_guidance, default_size, draw, longest_reader, prompt_length
+from .loading import find_encoder, find_pipeline, import_libraries, load_pipeline
 from .metadata import NATIVE, REFERENCE, Parameters, usual_encoder
 
 if TYPE_CHECKING:
@@ -104,14 +104,22 @@ class Engine:
         Raises:
             ValueError, OSError: as `load_pipeline` does; the present pipeline stays then.
         """
+        import_libraries()
+        tell = on_progress or (lambda share, what: None)
+        tell(0, f"finding {pipeline}")
+        # a hub may take minutes: nobody waits for that but who asked
+        found = pipeline if pipeline == REFERENCE else str(find_pipeline(pipeline))
+        tell(0, "waiting for its turn")
         with self._replacing:
-            loaded = load_pipeline(pipeline, device=device, dtype=dtype, on_progress=on_progress)
+            loaded = load_pipeline(found, device=device, dtype=dtype, on_progress=on_progress)
+            tell(1, "waiting for the picture that is being drawn")
             with self._turn, self._loading:
                 self.name, self.device, self.dtype, self._pipe = pipeline, device, dtype, loaded
                 self._encoders, self._finders = {}, {}
 
     def contracts(self) -> list[Contract]:
         """What the pipeline expects of its text encoders."""
+        import_libraries()
         from textcond.pipelines import inspect_pipeline
 
         return inspect_pipeline(self._pipeline())
@@ -121,6 +129,7 @@ class Engine:
         config = Path(encoder) / "config.json"
         if self._pipe is None or not config.is_file():
             return True
+        import_libraries()
         from textcond.pipelines.swap import CONNECTOR
 
         if (config.parent / CONNECTOR).is_file():
@@ -141,6 +150,19 @@ class Engine:
         where = f"{pipe._execution_device}, {str(pipe.dtype).removeprefix('torch.')}"
         return f"{where}, one part at a time" if _offloaded(pipe) else where
 
+    @property
+    def guidance(self) -> float:
+        """What the pipeline is best used with."""
+        return default_guidance(self._pipeline(), self.name)
+
+    def share(self, parameters: Parameters) -> float:
+        """How many times as much as one of the pipeline's own size a picture has to compute, about."""
+        try:
+            own = default_size(self._pipe)
+        except ValueError:  # not loaded, or it does not tell
+            return 1.0
+        return (parameters.width or own) * (parameters.height or own) / own**2
+
     def draw(
         self, parameters: Parameters, on_step: Callable[[int, int, Callable[[], Image | None]], None] | None = None
     ) -> tuple[Image, Parameters]:
@@ -154,6 +176,7 @@ class Engine:
         Raises:
             ValueError: the pipeline is of a family that is not supported, or the encoder does not fit it.
         """
+        import_libraries()
         import torch
 
         from textcond.pipelines.denoisers import TimestepAwareUNet
@@ -193,7 +216,9 @@ class Engine:
                     raise ValueError("the reference model's index stays as it is: pass an index of your own")
                 stored.index.save(self.own_index)
                 stored.index = self._copy = PromptIndex.open(self.own_index, stored.encoder)
-            metadata = {name: value for name, value in asdict(parameters).items() if value and name != "prompt"}
+            told = asdict(parameters)
+            # an empty negative prompt tells something: a click on the row empties the box
+            metadata = {name: told[name] for name in told if name != "prompt" and told[name] not in (None, {})}
             with Image.open(path) as image:
                 for finder in {id(one): one for one in (stored, *self._finders.values())}.values():
                     finder.add(parameters.prompt, metadata, image)
@@ -208,6 +233,7 @@ class Engine:
         Raises:
             ValueError: an unknown mode or strength, or a pipeline of a family that is not supported.
         """
+        import_libraries()
         from textcond.pipelines.retrieval import MODES, expand, suggest
 
         mode, strength = parameters.retrieval["mode"], parameters.retrieval["strength"]
@@ -246,6 +272,7 @@ class Engine:
         return finders[encoder]
 
     def _stored(self) -> Finder:
+        import_libraries()
         with self._opening:
             if self._own is None:
                 if self.index_path is None and self.own_index is not None and self.own_index.exists():
@@ -280,6 +307,7 @@ class Engine:
     def _pipeline(self) -> DiffusionPipeline:
         if (pipe := self._pipe) is not None:  # another one may be loading meanwhile
             return pipe
+        import_libraries()
         with self._loading:
             if self._pipe is None:
                 self._pipe = load_pipeline(self.name, device=self.device, dtype=self.dtype)

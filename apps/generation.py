@@ -38,12 +38,14 @@ def draw(
         The picture, and its parameters with everything filled in that the pipeline decided.
 
     Raises:
-        ValueError: the pipeline makes no pictures, takes no negative prompt though one is given, or refuses a size or a
-            scheduler.
+        ValueError: the pipeline takes no prompt or makes no pictures, takes no negative prompt though one is given, or
+            refuses a size or a scheduler.
     """
     import torch
 
     accepted = inspect.signature(pipe.__call__).parameters
+    if "prompt" not in accepted:
+        raise ValueError(f"{type(pipe).__name__} takes no prompt: pass a text-to-image pipeline")
     guidance = parameters.guidance_scale
     if guidance is None:
         guidance = default_guidance(pipe, parameters.pipeline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_IMPORTING = threading.Lock()
+
+
+def import_libraries() -> None:
+    """Import what pipelines are made of, in one thread at a time: two that meet in a cycle get half a module each."""
+    with _IMPORTING:
+        import textcond.pipelines
+        import textcond.pipelines.retrieval  # noqa: F401
 
 
 def load_pipeline(

@@ -29,6 +29,12 @@ _WEB_UI = {
 }
 
 
+def known_scheduler(name: str | None) -> str | None:
+    """The one of `SCHEDULERS` that a name means, which may be a web UI's, without its noise schedule; None for none."""
+    short = (name or "").removesuffix(" Karras")
+    return next((one for one in (short, f"{short}Scheduler", _WEB_UI.get(short)) if one in SCHEDULERS), None)
+
+
 def scheduler_class(pipe: DiffusionPipeline, name: str) -> type:
     """The sampler class of that name, which may be diffusers' (with or without "Scheduler") or a web UI's.
 

@@ -2,10 +2,13 @@ import json
 import shutil
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,11 +16,12 @@ from studio_page import SETTINGS, Page
 from tiny_reference import PROMPTS
 
 from textcond.apps.engine import Engine
-from textcond.apps.metadata import MULTILINGUAL, NATIVE, Parameters, read_parameters
+from textcond.apps.metadata import MULTILINGUAL, NATIVE, Parameters, read_parameters, write_png
 from textcond.apps.studio import Studio, build, serve
 from textcond.apps.studio.find import thumbnail
+from textcond.apps.studio.generate import sayable, unsaid
 from textcond.apps.studio.links import link
-from textcond.apps.studio.server import FIRST_PORT, free_port, nearby_encoders, pictures_folder
+from textcond.apps.studio.server import FIRST_PORT, _middleware, free_port, nearby_encoders, pictures_folder
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +99,26 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("studio")
 
 
-def _launched(studio):
+def _launched(studio, middleware=()):
     built = build(studio)
     _, url, _ = built.queue(default_concurrency_limit=4).launch(
-        prevent_thread_lock=True, quiet=True, footer_links=[], run_history=False
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        run_history=False,
+        app_kwargs={"middleware": list(middleware)},
     )
     return built, url
 
 
 @pytest.fixture(scope="module")
-def page(engine, demo, folder):
-    built, url = _launched(Studio(engine, folder, encoders=[demo.encoder]))
+def studio(engine, demo, folder):
+    return Studio(engine, folder, encoders=[demo.encoder])
+
+
+@pytest.fixture(scope="module")
+def page(studio):
+    built, url = _launched(studio)
     yield Page(url)
     built.close(verbose=False)
 
@@ -142,11 +155,12 @@ def _find(page, text, encoder=NATIVE, mode="dense", session="one"):
 
 def test_the_nearest_prompts_come_with_scores_and_pictures(page):
     shown = _find(page, "red fox, noto style")
-    assert shown["found"][0]["caption"] == "1.00 · red fox, noto style"
-    assert len(shown["found"]) == len(PROMPTS)
+    tiles = _changed(shown["found"])["value"]
+    assert tiles[0]["caption"] == "1.00 · red fox, noto style"
+    assert len(tiles) == len(PROMPTS)
     assert f"of {len(PROMPTS)}" in shown["found-head"]
     assert "of 30 tokens" in shown["count"]
-    with urllib.request.urlopen(shown["found"][0]["image"]["url"]) as answer:
+    with urllib.request.urlopen(tiles[0]["image"]["url"]) as answer:
         assert answer.headers["Content-Type"] == "image/png"
 
 
@@ -177,7 +191,7 @@ def test_any_prompt_is_drawn(page, text):
     shown = _shown(page, "run", _run(page, prompt=text))
     assert shown["seed"] == 5
     assert "seed 5 · 2 steps · guidance 3 · 128×128" in shown["status"]
-    assert _captions(shown["made"])[0] == (text or "(empty prompt)")
+    assert _captions(shown["made"])[0] == f"{text or '(empty prompt)'} · 5"
     made = read_parameters(shown["picture"]["path"])
     assert (made.prompt, made.seed, made.num_inference_steps) == (text, 5, 2)
     assert shown["address"] == link(made)
@@ -274,9 +288,16 @@ def _opened(page, token, address, session):
 def test_what_another_visitor_made_is_not_seen(page):
     token = _shown(page, "run", _run(page, session="four"))["browserstate"]
     opened = _opened(page, token, "", "four")
-    assert _captions(opened["made"]) == ["fox"]
+    assert _captions(opened["made"]) == ["fox · 5"]
     assert _captions(_opened(page, "", "", "five")["made"]) == []
     assert _opened(page, "../..", "", "five")["browserstate"] != "../.."
+
+
+def test_the_address_of_a_picture_tells_nobody_the_way_to_the_others(page, client):
+    address = _shown(page, "run", _run(page, session="four"))["picture"]["path"]
+    drawn = client.predict("a fox", steps=1, api_name="/generate")
+    for folder in (*Path(address).parts, *Path(drawn).parts, "0" * 32):
+        assert _captions(_opened(page, folder, "", "five")["made"]) == []
 
 
 def test_a_click_on_an_earlier_picture_brings_back_what_made_it(page):
@@ -332,14 +353,100 @@ def test_the_api_searches_and_embeds(client):
         ("/generate", {"prompt": "fox", "steps": 5000}, "steps is 5000"),
         ("/generate", {"prompt": "fox", "width": 10_000}, "width is 10000"),
         ("/generate", {"prompt": "fox", "encoder": "/etc"}, "not offered"),
+        ("/generate", {"prompt": "fox", "steps": 2.5}, "steps is 2.5: pass a whole number from 1 to 60"),
+        ("/generate", {"prompt": "fox", "seed": 2**63}, "seed is 9223372036854775808"),
+        ("/generate", {"prompt": "fox", "strength": 7}, "strength is 7"),
+        ("/generate", {"prompt": "fox", "width": 70}, "divisible by 8"),
+        ("/generate", {"prompt": "fox", "scheduler": "foo"}, "scheduler 'foo' cannot drive this pipeline"),
+        ("/generate", {"prompt": None}, "prompt is None: pass a text"),
         ("/search", {"query": " "}, "empty"),
+        ("/search", {"query": "fox", "mode": "foo"}, "mode 'foo' is unknown"),
+        ("/search", {"query": "fox", "k": 2.5}, "k is 2.5"),
         ("/embed", {"texts": ["fox"] * 1000}, "number of texts"),
+        ("/embed", {"texts": "fox"}, "texts is 'fox': pass a list"),
+        ("/embed", {"texts": [3]}, "a text is 3"),
     ],
-    ids=["steps", "size", "encoder", "query", "texts"],
 )
 def test_the_api_keeps_the_limits(client, name, inputs, message):
     with pytest.raises(Exception, match=message):
         client.predict(**inputs, api_name=name)
+
+
+def test_a_picture_that_nobody_waits_for_any_more_leaves_the_line(page, client, studio):
+    job = client.submit("a fox", steps=60, api_name="/generate")
+    _until(lambda: studio.line.places)
+    job.cancel()
+    _until(lambda: not studio.line.places)
+
+
+def test_stop_ends_all_that_a_tab_began_and_nothing_of_another(studio):
+    studio.prepare("one")
+    with studio.stoppable("one") as first, studio.stoppable("grid-one") as grid:
+        studio.prepare("one")  # a second wish while the first is drawn
+        with studio.stoppable("one") as second:
+            assert studio.busy("one")
+            studio.stop("one")
+            assert first.is_set()
+            assert second.is_set()
+            assert not grid.is_set()
+            assert not studio.busy("one")
+            studio.prepare("one")
+            with studio.stoppable("one") as third:
+                assert not third.is_set()
+    studio.prepare("two")
+    studio.stop("two")  # before it began
+    with studio.stoppable("two") as early:
+        assert early.is_set()
+
+
+def test_what_a_dropped_picture_says_is_text_and_what_changes_is_told(page, studio, tmp_path):
+    foreign = Parameters(
+        "fox", seed=156680208700286, num_inference_steps=1000, guidance_scale=0.5, width=2048, height=2048,
+        scheduler="DPM++ 2M Karras", encoder="/etc", pipeline="<img src=q onerror=alert(1)>",
+    )  # fmt: skip
+    write_png(tmp_path / "foreign.png", Image.new("RGB", (8, 8)), foreign)
+    with open(tmp_path / "foreign.png", "rb") as file:
+        answer = httpx.post(f"{page.url}gradio_api/upload", files={"files": file})
+    data = {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
+    shown = _shown(page, "open_picture", page.fire("open_picture", data, NATIVE, session="eight"))
+    assert "<img" not in shown["status"]
+    assert "steps 1000 to 60, guidance 0.5 to 1.0" in shown["status"]
+    assert (shown["seed"], shown["steps"], shown["guidance"], shown["width"]) == (156680208700286, 60, 1.0, 1024)
+    assert shown["scheduler"] == "DPMSolverMultistepScheduler"
+    assert sayable(replace(foreign, scheduler="Euler a"), studio).scheduler == "EulerAncestralDiscreteScheduler"
+    assert unsaid(Parameters("fox", scheduler="Euler"), studio) == ""
+
+
+def test_encoders_are_compared_with_the_neighbours_that_are_asked_for(page, demo):
+    settings = SETTINGS | {"neighbours": "blend"}
+    messages = page.fire("draw_all", "", "fox", [NATIVE, demo.encoder], *settings.values(), session="nine")
+    left, right = _changed(_shown(page, "draw_all", messages)["ab"])["value"]
+    for picture in (left, right):
+        assert len(read_parameters(picture["path"]).retrieval["neighbours"]) > 0
+
+
+def test_a_tabs_prompt_follows_the_first_tab_until_somebody_writes_another(page):
+    assert page.call("follow", "", "fox", None)[0] == "fox"
+    assert page.call("follow", "fox", "owl", None)[0] == "owl"
+    assert page.call("follow", "my own", "owl", None)[0] == "my own"
+
+
+def test_on_loopback_no_page_elsewhere_reaches_it_under_another_name(demo, tmp_path):
+    built, url = _launched(Studio(Engine(demo.pipeline, demo.index), tmp_path), _middleware(True))
+    try:
+        assert httpx.get(url).status_code == 200
+        assert httpx.get(url, headers={"host": "evil.example.com"}).status_code == 400
+        assert _middleware(False) == []
+    finally:
+        built.close(verbose=False)
+
+
+def _until(reached):
+    for _ in range(200):
+        if reached():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it was not reached within 20 seconds")
 
 
 def test_the_usual_encoder_of_the_pipeline_is_chosen_at_first_and_when_another_one_is_loaded(demo, tmp_path):
@@ -359,8 +466,15 @@ def test_the_usual_encoder_of_the_pipeline_is_chosen_at_first_and_when_another_o
             assert [value for _, value in _changed(chosen["encoder"])["choices"]] == [NATIVE]
         foreign = _opened(page, "", link(Parameters("a fox", encoder=MULTILINGUAL)), "one")["encoder"]
         assert _changed(foreign)["value"] == NATIVE
-        begun = _named(page, "begin", page.call("begin", "", "a fox", [NATIVE, MULTILINGUAL]))
-        assert _changed(begun["compare-encoders"])["value"] == [NATIVE]
+        offered = _named(page, "offer", page.call("offer", [NATIVE, MULTILINGUAL]))
+        assert _changed(offered["compare-encoders"])["value"] == [NATIVE]
+        # a page that was open before still says the old one
+        page.fire("find", "fox", NATIVE, "dense")
+        stale = _shown(page, "find", page.fire("find", "fox", MULTILINGUAL, "dense"))
+        assert _changed(stale["encoder"])["value"] == NATIVE
+        assert Path(demo.pipeline).name in stale["loaded"]
+        drawn = _shown(page, "run", _run(page, encoder=MULTILINGUAL))
+        assert read_parameters(drawn["picture"]["path"]).encoder == NATIVE
     finally:
         built.close(verbose=False)
 

@@ -141,9 +141,12 @@ def test_a_grid_is_drawn_cell_by_cell_and_downloaded_with_what_made_it(page, stu
     assert read_parameters(path) == made[0]
     with Image.open(path) as image:
         assert image.width > 2 * 128
-    picked = page.fire("pick", None, session="one", event_data={"index": 3, "value": None})
+    picked = page.fire("pick", None, "", session="one", event_data={"index": 3, "value": None})
     assert picked[-1]["success"]
     assert demo.encoder in json.dumps(picked[-1]["output"]["data"])
+    # the next grid takes the place of this one, the picked picture stays
+    (kept,) = (studio.folder / "made").glob("*/*/*.png")
+    assert read_parameters(kept) == made[3]
 
 
 def test_what_cannot_be_drawn_is_said(page):

@@ -1,28 +1,35 @@
 """The typed endpoints: for `gradio_client`, and as tools for language models over MCP."""
 
 # No `from __future__ import annotations` here: gradio reads the return types as they are.
+import asyncio
+import functools
+import inspect
 import secrets
 import threading
+from collections.abc import Callable
 from typing import Any, Literal
 
 import gradio as gr
 from gradio.data_classes import FileData
 
-from textcond.apps.metadata import Parameters, usual_encoder
+from textcond.apps.errors import one_line
+from textcond.apps.metadata import MAX_SEED, Parameters, usual_encoder
 
 from .drawing import drawing
-from .shared import MAX_GUIDANCE, MAX_PROMPT, MAX_SIZE, MAX_STEPS, MIN_SIZE, SEEDS, Studio
+from .history import Made
+from .shared import MAX_GUIDANCE, MAX_PROMPT, MAX_SIZE, MAX_STEPS, MIN_SIZE, SEEDS, Studio, log
 
 MAX_RESULTS, MAX_TEXTS = 100, 256
-# All that was made through the API lies in one history, of which the last are kept.
-API_TOKEN = "0" * 32
 
 
 def add_api(studio: Studio) -> None:
     """Add the endpoints to the page that is open."""
     engine = studio.engine
+    # All that is made through the API lies in one history, of which the last are kept; no page has its token.
+    token = secrets.token_hex(16)
 
-    def generate(
+    @_told
+    async def generate(
         prompt: str,
         negative_prompt: str = "",
         seed: int = -1,
@@ -54,14 +61,16 @@ def add_api(studio: Studio) -> None:
         Returns:
             The picture: a PNG whose metadata hold all parameters, named after prompt and seed.
         """
-        _check("prompt", len(prompt), 0, MAX_PROMPT)
-        _check("negative prompt", len(negative_prompt), 0, MAX_PROMPT)
-        _check("steps", steps, 1, MAX_STEPS)
+        _check_text("prompt", prompt, 0)
+        _check_text("negative prompt", negative_prompt, 0)
+        _check("steps", steps, 1, MAX_STEPS, int)
+        _check("seed", seed, -1, MAX_SEED, int)
+        _check("strength", strength, 0, 1)
         if guidance:
             _check("guidance", guidance, 1, MAX_GUIDANCE)
         for name, size in (("width", width), ("height", height)):
             if size:
-                _check(name, size, MIN_SIZE, MAX_SIZE)
+                _check(name, size, MIN_SIZE, MAX_SIZE, int)
         _check_encoder(studio, encoder)
         parameters = Parameters(
             prompt=prompt,
@@ -76,13 +85,22 @@ def add_api(studio: Studio) -> None:
             scheduler=scheduler or None,
             retrieval={} if neighbours == "off" else {"mode": neighbours, "strength": strength},
         )
-        if parameters.retrieval:
-            parameters, _ = engine.retrieved(parameters)
-        *_, made = drawing(engine, [parameters], studio.history(API_TOKEN), threading.Event(), studio.line)
+        stop = threading.Event()
+
+        def draw() -> Made:
+            wanted = engine.retrieved(parameters)[0] if parameters.retrieval else parameters
+            *_, made = drawing(engine, [wanted], studio.history(token), stop, studio.line)
+            return made
+
+        try:
+            made = await asyncio.to_thread(draw)
+        finally:  # also if who asked takes it back
+            stop.set()
         # One output: of several, gradio's MCP server makes one text, and the picture is not seen.
         return FileData(path=str(made.path), orig_name=made.path.name, mime_type="image/png").model_dump()
 
-    def search(
+    @_told
+    async def search(
         query: str, k: int = 10, mode: Literal["dense", "lexical", "hybrid"] = "hybrid", encoder: str = ""
     ) -> list[dict[str, Any]]:
         """Find the prompts nearest to a query in the index, in any language.
@@ -96,17 +114,20 @@ def add_api(studio: Studio) -> None:
         Returns:
             For each: id, score, text, metadata.
         """
+        _check_text("query", query, 1)
         if not query.strip():
-            raise gr.Error("the query is empty: pass the words to look for", print_exception=False)
-        _check("k", k, 1, MAX_RESULTS)
-        _check("query", len(query), 1, MAX_PROMPT)
+            raise ValueError("the query is empty: pass the words to look for")
+        _check("k", k, 1, MAX_RESULTS, int)
         _check_encoder(studio, encoder)
-        hits = engine.finder(encoder).search(query, k, mode)
+        hits = await asyncio.to_thread(lambda: engine.finder(encoder).search(query, k, mode))
         return [
             {"id": str(hit.id), "score": float(hit.score), "text": hit.text, "metadata": hit.metadata} for hit in hits
         ]
 
-    def embed(texts: list[str], kind: Literal["query", "document"] = "query", encoder: str = "") -> list[list[float]]:
+    @_told
+    async def embed(
+        texts: list[str], kind: Literal["query", "document"] = "query", encoder: str = ""
+    ) -> list[list[float]]:
         """Turn texts into vectors of unit length by the encoder that conditions the pictures.
 
         Args:
@@ -117,22 +138,49 @@ def add_api(studio: Studio) -> None:
         Returns:
             A vector for each text; the dot product of two is their cosine.
         """
+        if not isinstance(texts, list):
+            raise ValueError(f"texts is {texts!r:.80}: pass a list of texts")
         _check("number of texts", len(texts), 1, MAX_TEXTS)
+        for text in texts:
+            _check_text("a text", text, 0)
         _check("length of all texts", sum(map(len, texts)), 0, MAX_PROMPT)
         _check_encoder(studio, encoder)
-        return engine.finder(encoder).encoder.encode(texts, kind=kind).tolist()
+        return await asyncio.to_thread(lambda: engine.finder(encoder).encoder.encode(texts, kind=kind).tolist())
 
     gr.api(generate, api_name="generate", concurrency_limit=80, concurrency_id="draw")
     gr.api(search, api_name="search", concurrency_limit=4)
     gr.api(embed, api_name="embed", concurrency_limit=2)
 
 
-def _check(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise gr.Error(f"{name} is {value}: pass {least} to {most}", print_exception=False)
+def _told(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """The endpoint, with what goes wrong told to who called it."""
+
+    @functools.wraps(endpoint)
+    async def told(*arguments: Any, **named: Any) -> Any:
+        try:
+            return await endpoint(*arguments, **named)
+        except Exception as error:
+            log(error)
+            raise gr.Error(one_line(error), print_exception=False) from error
+
+    told.__signature__ = inspect.signature(endpoint)
+    return told
+
+
+def _check(name: str, value: float, least: float, most: float, kind: type = float) -> None:
+    numbers = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, numbers) or not least <= value <= most:
+        whole = "a whole number " if kind is int else ""
+        raise ValueError(f"{name} is {value!r:.80}: pass {whole}from {least} to {most}")
+
+
+def _check_text(name: str, value: str, least: int) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r:.80}: pass a text")
+    if not least <= len(value) <= MAX_PROMPT:
+        raise ValueError(f"{name} has {len(value):,} characters: pass {least} to {MAX_PROMPT:,}")
 
 
 def _check_encoder(studio: Studio, encoder: str) -> None:
-    if encoder and not studio.takes(encoder):
-        choices = ", ".join(studio.offered)
-        raise gr.Error(f"encoder {encoder!r} is not offered here: choose one of {choices}", print_exception=False)
+    if encoder and not (isinstance(encoder, str) and studio.takes(encoder)):
+        raise ValueError(f"encoder {encoder!r:.80} is not offered here: choose one of {', '.join(studio.offered)}")

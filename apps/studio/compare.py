@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .drawing import Stopped, drawing
 from .find import caption, thumbnail
 from .generate import read
 from .history import Made
-from .shared import DRAWING, MAX_PROMPT, QUIET, Studio, log
+from .shared import DRAWING, MAX_PROMPT, QUIET, Studio, follow_prompt, log
 
 MOST = 4
 NEIGHBOURS = 6
@@ -49,7 +49,7 @@ def compare_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
         start = gr.Button("Compare", variant="primary", scale=3, min_width=120, elem_id="compare")
         stop = gr.Button("Stop", interactive=False, scale=1, min_width=80, elem_id="compare-stop")
     status = gr.HTML(elem_id="compare-status")
-    pictures = gr.State([])
+    pictures, texts = gr.State([]), gr.State([])
     with gr.Column(visible=False) as results:
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
@@ -87,19 +87,23 @@ def compare_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
         ]
     buttons = [start, stop]
 
+    def key(request: gr.Request) -> str:
+        return f"compare-{request.session_hash}"  # what the other tabs do goes on, and is stopped apart
+
     def lock(request: gr.Request) -> dict:
-        studio.prepare(request.session_hash)
+        studio.prepare(key(request))
         return {start: gr.update(interactive=False), stop: gr.update(interactive=True)}
 
-    def unlock() -> dict:
-        return {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+    def unlock(request: gr.Request) -> dict:
+        busy = studio.busy(key(request))
+        return {start: gr.update(interactive=not busy), stop: gr.update(interactive=busy)}
 
     def halt(request: gr.Request) -> None:
-        studio.stop(request.session_hash)
+        studio.stop(key(request))
 
     def draw_all(request: gr.Request, visitor: str, text: str, encoders: list[str], *values: Any) -> Iterator[dict]:
         yield {status: markup.bar(0, "Loading …"), results: gr.update(visible=False)}
-        with studio.stoppable(request.session_hash) as signal:
+        with studio.stoppable(key(request)) as signal:
             try:
                 chosen = list(dict.fromkeys(encoders or []))
                 if not 2 <= len(chosen) <= MOST:
@@ -112,6 +116,7 @@ def compare_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
                     reads.append(engine.read(first.prompt, name))
                 made: list[Made] = []
                 jobs = [replace(first, encoder=name) for name in chosen]
+                jobs = [engine.retrieved(job)[0] if job.retrieval else job for job in jobs]
                 for event in drawing(engine, jobs, studio.history(visitor), signal, studio.line):
                     if isinstance(event, Made):
                         made.append(event)
@@ -129,35 +134,50 @@ def compare_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
                     right: gr.update(choices=named, value=chosen[1]),
                     table: why(chosen, reads),
                 }
+                found: list[list[str]] = []
                 for (head, gallery), name in zip(sides, [*chosen, *[None] * MOST]):
                     values_out[head] = gr.update(visible=name is not None)
                     values_out[gallery] = gr.update(visible=name is not None)
                     if name is not None:
                         hits = engine.finder(name).search(text, NEIGHBOURS) if text.strip() else []
                         tiles = [(thumbnail(hit, studio.rows), caption(hit, "dense")) for hit in hits]
-                        values_out[head] = gr.update(value=markup.heading(short(name), "nearest prompts"), visible=True)
-                        values_out[gallery] = gr.update(value=tiles, visible=True)
-                yield values_out
+                        values_out[head] = gr.update(
+                            value=markup.heading(short(name), "nearest prompts; a click makes one the prompt"),
+                            visible=True,
+                        )
+                        values_out[gallery] = gr.update(value=tiles, selected_index=None, visible=True)
+                        found.append([hit.text for hit in hits])
+                yield values_out | {texts: found}
             except Stopped:
                 yield {status: "Stopped."}
             except Exception as error:
                 log(error)
                 yield {status: markup.alas(one_line(error))}
 
+    def taking(number: int) -> Callable[..., str]:
+        def take(found: list[list[str]], event: gr.SelectData) -> str:
+            return found[number][event.index]
+
+        return take
+
     def slide(made: list[Made], one: str, other: str) -> tuple | None:
         paths = {item.parameters.encoder: item.path for item in made}
         return (paths[one], paths[other]) if {one, other} <= paths.keys() else None
 
-    def begin(text: str, first: str, chosen: list[str]) -> dict:
+    def offer(chosen: list[str]) -> dict:
         fitting = [name for name in chosen or [] if studio.takes(name)]
-        return {prompt: text or first, names: gr.update(choices=studio.offered, value=fitting or studio.offered[:2])}
+        return gr.update(choices=studio.offered, value=fitting or studio.offered[:2])
 
-    tab.select(begin, [prompt, settings.prompt, names], [prompt, names], queue=False, **QUIET)
+    follow_prompt(tab, settings.prompt, prompt)
+    tab.select(offer, names, names, queue=False, **QUIET)
     asked = gr.on([start.click, prompt.submit], lock, None, buttons, queue=False, **QUIET)
-    outputs = [status, results, pictures, slider, left, right, table, *(part for side in sides for part in side)]
+    outputs = [status, results, pictures, texts, slider, left, right, table]
+    outputs += [part for side in sides for part in side]
     done = asked.then(draw_all, [drawn.token, prompt, names, *settings.inputs], outputs, **DRAWING)
     done.then(unlock, None, buttons, queue=False, **QUIET)
     stop.click(halt, queue=False, **QUIET)
+    for number, (_, gallery) in enumerate(sides):
+        gallery.select(taking(number), texts, prompt, queue=False, **QUIET)
     gr.on([left.input, right.input], slide, [pictures, left, right], slider, queue=False, **QUIET)
 
 

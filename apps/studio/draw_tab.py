@@ -14,12 +14,12 @@ from PIL import Image
 
 from textcond.apps.errors import one_line
 from textcond.apps.generation import prompt_length
-from textcond.apps.metadata import read_parameters, usual_encoder
+from textcond.apps.metadata import Parameters, read_parameters, usual_encoder
 
 from . import markup
 from .drawing import Stopped, drawing
 from .find import APPEND, NEIGHBOURS, SIMILAR, TITLE, appended, find_side, shown, told
-from .generate import Generate, generate_side, read, several
+from .generate import Generate, generate_side, read, several, unsaid
 from .history import Made
 from .links import link, read_link
 from .pictures import check_picture
@@ -40,12 +40,13 @@ class DrawTab:
     Attributes:
         side: the settings on the left.
         token: of the visitor's history.
-        bring_back, outputs: what shows a picture and its settings, and the components that take it.
+        keep, outputs: what takes a picture into the history of the visitor with that token, and shows it with its
+            settings; and the components that it changes.
     """
 
     side: Generate
     token: gr.BrowserState
-    bring_back: Callable[[Made], dict]
+    keep: Callable[[str, Made], dict]
     outputs: list[Any]
 
 
@@ -56,7 +57,8 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
     address = gr.Textbox(visible="hidden", elem_id="address")
     star = gr.Textbox(visible="hidden", elem_id="star")
     made, current = gr.State([]), gr.State(None)
-    with gr.Row():
+    present = gr.HTML(elem_id="loaded")
+    with gr.Row(elem_id="draw"):
         with gr.Column(scale=7, min_width=320):
             side = generate_side(studio)
         with gr.Column(scale=5, min_width=320):
@@ -66,9 +68,13 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
     with_picture = [side.similar, side.save]
 
     def find(text: str, chosen: str, mode: str) -> Iterator[dict]:
+        loaded = {present: markup.loaded(engine.name, engine.place)}
+        if not studio.takes(chosen):  # another page has loaded a pipeline that it does not fit
+            chosen = usual_encoder(engine.name)
+            loaded |= settings.encoders(studio)
         try:
             if not engine.can_find(chosen):
-                yield {found.head: markup.heading(TITLE, "Reading the prompts with this encoder …")}
+                yield loaded | {found.head: markup.heading(TITLE, "Reading the prompts with this encoder …")}
             finder = engine.finder(chosen)
             if text.strip():
                 tiles, rows = shown(finder.search(text, NEIGHBOURS, mode), studio.rows, mode)
@@ -76,8 +82,8 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
             else:
                 tiles, rows = shown(finder.sample(NEIGHBOURS), studio.rows, None)
                 line = f"{len(finder):,} are here: click one, or write your own."
-            yield {
-                found.gallery: tiles,
+            yield loaded | {
+                found.gallery: gr.update(value=tiles, selected_index=None),
                 found.rows: rows,
                 found.head: markup.heading(TITLE, line),
                 side.length: markup.length(prompt_length(finder.encoder.tokenizer, text)),
@@ -85,7 +91,7 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
         except Exception as error:
             log(error)
             failed = markup.heading(TITLE, one_line(error), alas=True)
-            yield {found.gallery: [], found.rows: [], found.head: failed, side.length: ""}
+            yield loaded | {found.gallery: [], found.rows: [], found.head: failed, side.length: ""}
 
     def click(rows: list, how: str, text: str, chosen: str, event: gr.SelectData) -> dict:
         row = rows[event.index]
@@ -98,6 +104,7 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
 
     def similar_rows(hits: list, line: str) -> dict:
         tiles, rows = shown(hits, studio.rows, "dense")
+        tiles = gr.update(value=tiles, selected_index=None)
         return {found.gallery: tiles, found.rows: rows, found.head: markup.heading("Similar", line)}
 
     def similar_to_made(picture: Made | None, chosen: str) -> dict:
@@ -115,18 +122,19 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
         studio.prepare(request.session_hash)
         return {button: gr.update(interactive=button is side.stop) for button in buttons}
 
-    def unlock() -> dict:
-        return {button: gr.update(interactive=button is not side.stop) for button in buttons}
+    def unlock(request: gr.Request) -> dict:
+        busy = studio.busy(request.session_hash)  # with what was asked for meanwhile
+        return {button: gr.update(interactive=(button is side.stop) == busy) for button in buttons}
 
     def halt(request: gr.Request) -> None:
         studio.stop(request.session_hash)  # the drawing tells when it has stopped
 
     def show_made(pictures: list[Made]) -> dict:
-        tiles = [(item.path, STAR * item.favourite + (item.parameters.prompt or "(empty prompt)")) for item in pictures]
+        tiles = [(item.path, STAR * item.favourite + told_of(item.parameters)) for item in pictures]
         return {
             made: pictures,
             side.made_head: gr.update(visible=bool(pictures)),
-            side.history: gr.update(value=tiles, visible=bool(pictures)),
+            side.history: gr.update(value=tiles, selected_index=None, visible=bool(pictures)),
         }
 
     def toggle_star(visitor: str, name: str) -> dict:
@@ -145,6 +153,7 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
             side.picture: picture.path,
             side.status: markup.made(picture.parameters, took),
             side.code: snippet(picture.parameters),
+            side.used: markup.used(picture.parameters),
             address: link(picture.parameters),
         }
         mixed = picture.parameters.retrieval.get("mode") in ("expand", "blend")
@@ -164,8 +173,8 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
             try:
                 first = read(studio, values, secrets.randbelow(SEEDS) if another else None)
                 if first.retrieval:
-                    first, hits = engine.retrieved(first)
-                    yield {side.used: markup.used(first, hits)}
+                    first, _ = engine.retrieved(first)
+                    yield {side.used: markup.used(first)}
                 jobs = several(first, int(count))
                 for event in drawing(engine, jobs, history, signal, studio.line):
                     if isinstance(event, Made):
@@ -210,6 +219,11 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
     def restore(pictures: list[Made], event: gr.SelectData) -> dict:
         return bring_back(pictures[event.index])
 
+    def keep(visitor: str, picture: Made) -> dict:
+        history = studio.history(visitor)
+        kept = history.adopt(picture)
+        return {token: history.token} | bring_back(kept) | show_made(history.pictures())
+
     def bring_back(picture: Made) -> dict:
         return show_current(picture) | settings.show(picture.parameters, studio) | {side.fresh: False}
 
@@ -231,7 +245,9 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
             told = f"Settings restored: {Path(path).name}"
             if parameters.pipeline != engine.name:
                 told += f", which {parameters.pipeline} made; {engine.name} is loaded"
-            return values | {side.status: told}
+            if changed := unsaid(parameters, studio):
+                told += f". Changed: {changed}"
+            return values | {side.status: markup.plain(told)}
         except Exception as error:
             reason = one_line(error).replace(str(path), Path(path).name)
             return {side.status: markup.alas(reason)}
@@ -263,21 +279,22 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
             return values | {side.status: markup.alas(one_line(error))}
         if parameters is None:
             return values
-        values |= settings.show(parameters, studio) | {side.fresh: False}
         same = next((one for one in pictures if link(one.parameters) == wanted), None)
-        return values | (show_current(same) if same else {})
+        if same:  # it knows a prompt that is too long for a link, too
+            return values | bring_back(same)
+        return values | settings.show(parameters, studio) | {side.fresh: False}
 
     finding: dict[str, Any] = {
         "fn": find,
         "inputs": [settings.prompt, settings.encoder, found.mode],
-        "outputs": [found.gallery, found.rows, found.head, side.length],
+        "outputs": [found.gallery, found.rows, found.head, side.length, settings.encoder, present],
         "concurrency_limit": 4,
         "trigger_mode": "always_last",
         **QUIET,
     }
     row_outputs = [found.gallery, found.rows, found.head]
     current_outputs = [
-        current, side.picture, side.status, side.code, address, side.without, side.slider, *with_picture
+        current, side.picture, side.status, side.code, side.used, address, side.without, side.slider, *with_picture
     ]  # fmt: skip
     made_outputs = [made, side.made_head, side.history]
     restored = [*settings.inputs, side.fresh]
@@ -296,7 +313,7 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
     drawn = {
         "fn": run,
         "inputs": [token, side.fresh, side.count, current, *settings.inputs],
-        "outputs": [token, settings.seed, side.used, *current_outputs, *made_outputs],
+        "outputs": [token, settings.seed, *current_outputs, *made_outputs],
         **DRAWING,
     }
     asked = gr.on([side.generate.click, settings.prompt.submit], lock, None, buttons, queue=False, **QUIET)
@@ -323,4 +340,9 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
     star.change(toggle_star, [token, star], [star, side.status, *made_outputs], queue=False, **QUIET)
     page.load(None, js=SCRIPT, api_visibility="private")
     address.change(None, address, None, js=ADDRESS, api_visibility="private")
-    return DrawTab(side, token, bring_back, outputs)
+    return DrawTab(side, token, keep, [token, *outputs, *made_outputs])
+
+
+def told_of(parameters: Parameters) -> str:
+    """What stands below a picture of the history."""
+    return f"{parameters.prompt or '(empty prompt)'} · {parameters.seed}"

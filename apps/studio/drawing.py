@@ -54,7 +54,8 @@ def drawing(
         Stopped: `stop` was set.
         Exception: whatever the drawing raised; ValueError for a line that is full.
     """
-    with line.place(sum(job.num_inference_steps for job in jobs)) as place:
+    left = threading.Event()
+    with line.place(sum(job.num_inference_steps * engine.share(job) for job in jobs)) as place:
         try:
             while (before := place.ahead())[0]:
                 yield Waiting(*before)
@@ -62,21 +63,21 @@ def drawing(
                     raise Stopped
             pace = Pace(place)
             for job in jobs:
-                yield from _one(engine, job, history, stop, pace)
+                yield from _one(engine, job, history, lambda: stop.is_set() or left.is_set(), pace)
         finally:
-            stop.set()
+            left.set()
 
 
 def _one(
-    engine: Engine, parameters: Parameters, history: History, stop: threading.Event, pace: Pace
+    engine: Engine, parameters: Parameters, history: History, stopped: Callable[[], bool], pace: Pace
 ) -> Iterator[Step | Made]:
     events: queue.SimpleQueue[Step | Made | BaseException] = queue.SimpleQueue()
-    folder = history.new_folder()
+    folder, share = history.new_folder(), engine.share(parameters)
 
     def on_step(done: int, total: int, preview: Callable[[], Image | None]) -> None:
-        if stop.is_set():
+        if stopped():
             raise Stopped
-        seconds, path = pace.step(), None
+        seconds, path = pace.step(share), None
         if done % 2 == 0 and done < total and (image := preview()) is not None:
             path = folder / f"{PREVIEW}{done}.png"
             image.save(path)
@@ -96,7 +97,7 @@ def _one(
         try:
             event = events.get(timeout=POLL)
         except queue.Empty:
-            if stop.is_set():  # while a model is being loaded, say; the thread ends at its first step
+            if stopped():  # while a model is being loaded, say; the thread ends at its first step
                 raise Stopped from None
             continue
         if isinstance(event, BaseException):

@@ -16,7 +16,7 @@ from .drawing import Stopped
 from .find import Found, shown, thumbnail
 from .map_view import map_view
 from .maps import IndexMap, Maps, Progress
-from .shared import MAX_PROMPT, QUIET, Studio, log
+from .shared import MAX_PROMPT, QUIET, Studio, follow_prompt, log
 
 NEIGHBOURS = 6
 MOST_ROWS = 100
@@ -96,9 +96,8 @@ def explore_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
     def key_of(request: gr.Request) -> str:
         return f"map-{request.session_hash}"  # a drawing of the same page goes on, and is stopped apart
 
-    def begin(request: gr.Request, text: str, first: str) -> str:
+    def begin(request: gr.Request) -> None:
         studio.prepare(key_of(request))
-        return text or first
 
     def cancel_map(request: gr.Request) -> None:
         studio.stop(key_of(request))
@@ -182,7 +181,7 @@ def explore_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
 
     placed = [view, near_head, gallery, found]
     picked = [*placed, picture, card, use, chosen]
-    begun = tab.select(begin, [prompt, settings.prompt], prompt, queue=False, **QUIET)
+    begun = follow_prompt(tab, settings.prompt, prompt).then(begin, queue=False, **QUIET)
     shown_map = begun.then(
         open_map, settings.encoder, [view, opened, status, cancel], concurrency_limit=80, concurrency_id="map", **QUIET
     )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import gradio as gr
 
 from textcond.apps.generation import REFERENCE_GUIDANCE
 from textcond.apps.metadata import REFERENCE, Parameters, usual_encoder
-from textcond.apps.schedulers import SCHEDULERS
+from textcond.apps.schedulers import SCHEDULERS, known_scheduler
 
-from .shared import MAX_COUNT, MAX_GUIDANCE, MAX_PROMPT, MAX_SIZE, MAX_STEPS, MIN_SIZE, SEEDS, Studio
+from .shared import MAX_COUNT, MAX_GUIDANCE, MAX_PROMPT, MAX_SIZE, MAX_STEPS, MIN_SIZE, PAGE_SEEDS, Studio
 
 OTHER_GUIDANCE = 7.0
 OWN = "own"
@@ -41,19 +41,18 @@ class Settings:
         return list(vars(self).values())
 
     def show(self, parameters: Parameters, studio: Studio) -> dict[Any, Any]:
-        """The values with which the components say `parameters`, with the usual encoder for one that is not offered."""
-        encoder = parameters.encoder if studio.takes(parameters.encoder) else usual_encoder(studio.engine.name)
-        scale = parameters.guidance_scale
+        """The values with which the components say `parameters`, or what comes near, see `sayable`."""
+        said, scale = sayable(parameters, studio), parameters.guidance_scale
         return {
             self.prompt: parameters.retrieval.get("prompt", parameters.prompt),
             self.negative: parameters.negative_prompt,
-            self.seed: parameters.seed % SEEDS,
-            self.steps: min(parameters.num_inference_steps, MAX_STEPS),
-            self.guidance: gr.skip() if scale is None else min(MAX_GUIDANCE, max(1, scale)),
-            self.encoder: gr.update(choices=studio.offered, value=encoder),
-            self.width: parameters.width or 0,
-            self.height: parameters.height or 0,
-            self.scheduler: parameters.scheduler if parameters.scheduler in SCHEDULERS else OWN,
+            self.seed: said.seed,
+            self.steps: said.num_inference_steps,
+            self.guidance: gr.skip() if scale is None else said.guidance_scale,
+            self.encoder: gr.update(choices=studio.offered, value=said.encoder),
+            self.width: said.width or 0,
+            self.height: said.height or 0,
+            self.scheduler: said.scheduler or OWN,
             self.neighbours: parameters.retrieval.get("mode", OFF),
             self.strength: parameters.retrieval.get("strength", STRENGTH),
         }
@@ -61,6 +60,31 @@ class Settings:
     def encoders(self, studio: Studio) -> dict[Any, Any]:
         """The encoders of the pipeline that is loaded, its usual one chosen."""
         return {self.encoder: gr.update(choices=studio.offered, value=usual_encoder(studio.engine.name))}
+
+
+def sayable(parameters: Parameters, studio: Studio) -> Parameters:
+    """The nearest to `parameters` that the page can say: within its limits, with what is offered here."""
+    encoder, scale = parameters.encoder, parameters.guidance_scale
+    return replace(
+        parameters,
+        seed=parameters.seed % PAGE_SEEDS,
+        num_inference_steps=min(parameters.num_inference_steps, MAX_STEPS),
+        guidance_scale=None if scale is None else min(MAX_GUIDANCE, max(1.0, scale)),
+        encoder=encoder if studio.takes(encoder) else usual_encoder(studio.engine.name),
+        width=parameters.width and min(MAX_SIZE, max(MIN_SIZE, parameters.width)),
+        height=parameters.height and min(MAX_SIZE, max(MIN_SIZE, parameters.height)),
+        scheduler=known_scheduler(parameters.scheduler),
+    )
+
+
+def unsaid(parameters: Parameters, studio: Studio) -> str:
+    """What `sayable` changes: "steps 1000 to 60", comma-separated; empty for nothing."""
+    was, said = asdict(parameters), asdict(sayable(parameters, studio))
+    names = {"num_inference_steps": "steps", "guidance_scale": "guidance", "scheduler": "sampler"}
+    if said["scheduler"] and "Karras" not in was["scheduler"]:
+        said["scheduler"] = was["scheduler"]  # another name for the same
+    changed = [name for name in was if was[name] != said[name]]
+    return ", ".join(f"{names.get(name, name)} {was[name]} to {said[name] or 'the default'}" for name in changed)
 
 
 def read(studio: Studio, values: tuple, seed: int | None = None) -> Parameters:
@@ -82,7 +106,8 @@ def read(studio: Studio, values: tuple, seed: int | None = None) -> Parameters:
         width=int(width) if width else None,
         height=int(height) if height else None,
         pipeline=studio.engine.name,
-        encoder=encoder or usual_encoder(studio.engine.name),
+        # another page may have loaded a pipeline that an encoder chosen here does not fit
+        encoder=encoder if encoder and studio.takes(encoder) else usual_encoder(studio.engine.name),
         scheduler=None if scheduler in (None, OWN) else scheduler,
         retrieval={} if mode == OFF else {"mode": mode, "strength": float(strength)},
     )
@@ -90,7 +115,7 @@ def read(studio: Studio, values: tuple, seed: int | None = None) -> Parameters:
 
 def several(first: Parameters, count: int) -> list[Parameters]:
     """The same with one seed after the other."""
-    return [replace(first, seed=(first.seed + number) % SEEDS) for number in range(count)]
+    return [replace(first, seed=(first.seed + number) % PAGE_SEEDS) for number in range(count)]
 
 
 @dataclass
@@ -123,7 +148,7 @@ class Generate:
         if isinstance(negative := metadata.get("negative_prompt"), str):
             values[self.settings.negative] = negative
         if isinstance(seed := metadata.get("seed"), int) and not isinstance(seed, bool):
-            values |= {self.settings.seed: seed % SEEDS, self.fresh: False}
+            values |= {self.settings.seed: seed % PAGE_SEEDS, self.fresh: False}
         return values
 
 
@@ -153,7 +178,6 @@ def generate_side(studio: Studio) -> Generate:
                 interactive=False,
                 height=380,
                 buttons=["download", "fullscreen"],
-                placeholder="The picture appears here.",
                 elem_id="picture",
             )
             status = gr.HTML(elem_id="status")
@@ -173,7 +197,7 @@ def generate_side(studio: Studio) -> Generate:
                 max_length=MAX_PROMPT,
                 elem_id="negative",
             )
-            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=SEEDS - 1, elem_id="seed")
+            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=PAGE_SEEDS - 1, elem_id="seed")
             with gr.Row(elem_id="seeds"):
                 fresh = gr.Checkbox(label="Random", value=True, container=False, min_width=90, elem_id="random")
                 reuse = gr.Button("Reuse seed", size="sm", min_width=90, elem_id="reuse")
@@ -204,7 +228,7 @@ def generate_side(studio: Studio) -> Generate:
         )
         scheduler = gr.Dropdown(
             label="Sampler",
-            choices=[("the pipeline's own", OWN), *((one.removesuffix("Scheduler"), one) for one in SCHEDULERS)],
+            choices=[("default", OWN), *((one.removesuffix("Scheduler"), one) for one in SCHEDULERS)],
             value=OWN,
             min_width=160,
             elem_id="scheduler",

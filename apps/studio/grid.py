@@ -21,7 +21,7 @@ from .explore import OPEN_FIRST
 from .generate import read
 from .grid_view import grid_value, grid_view
 from .history import Made
-from .shared import DRAWING, MAX_CELLS, MAX_PROMPT, QUIET, Studio, log
+from .shared import DRAWING, MAX_CELLS, MAX_PROMPT, QUIET, Studio, follow_prompt, log
 from .sheet import sheet
 
 NUMBERS = "Values are parted by commas; numbers may be ranges: 2-8, or with a step 2-8(2)."
@@ -48,22 +48,26 @@ def grid_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
     pictures = gr.State([])
     buttons = [start, stop]
 
+    def key(request: gr.Request) -> str:
+        return f"grid-{request.session_hash}"  # what the other tabs do goes on, and is stopped apart
+
     def lock(request: gr.Request) -> dict:
-        studio.prepare(request.session_hash)
+        studio.prepare(key(request))
         return {start: gr.update(interactive=False), stop: gr.update(interactive=True)}
 
-    def unlock() -> dict:
-        return {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+    def unlock(request: gr.Request) -> dict:
+        busy = studio.busy(key(request))
+        return {start: gr.update(interactive=not busy), stop: gr.update(interactive=busy)}
 
     def halt(request: gr.Request) -> None:
-        studio.stop(request.session_hash)
+        studio.stop(key(request))
 
     def draw_grid(
         request: gr.Request, visitor: str, text: str, across: str, columns: str, down: str, rows: str, *values: Any
     ) -> Iterator[dict]:
         yield {status: markup.bar(0, "Loading …"), download: gr.update(visible=False)}
         began, history = time.monotonic(), studio.grids(visitor)
-        with studio.stoppable(request.session_hash) as signal:
+        with studio.stoppable(key(request)) as signal:
             try:
                 sides = read_axis(across, columns, studio), read_axis(down, rows, studio)
                 jobs = cells(replace(read(studio, values), prompt=text or ""), *sides)
@@ -88,10 +92,12 @@ def grid_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
                 log(error)
                 yield {status: markup.alas(one_line(error))}
 
-    def pick(made: list[Made], event: gr.SelectData) -> dict:
-        return drawn.bring_back(made[event.index]) if event.index in range(len(made)) else {settings.prompt: gr.skip()}
+    def pick(made: list[Made], visitor: str, event: gr.SelectData) -> dict:
+        if event.index not in range(len(made)):
+            return {settings.prompt: gr.skip()}
+        return drawn.keep(visitor, made[event.index])  # the next grid takes the place of this one
 
-    tab.select(lambda text, first: text or first, [prompt, settings.prompt], prompt, queue=False, **QUIET)
+    follow_prompt(tab, settings.prompt, prompt)
     for what, values in sides:
         what.input(
             lambda chosen: gr.update(value=example(chosen, studio), interactive=chosen != NOTHING),
@@ -109,13 +115,15 @@ def grid_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
     )
     done.then(unlock, None, buttons, queue=False, **QUIET)
     stop.click(halt, queue=False, **QUIET)
-    view.select(pick, pictures, drawn.outputs, **QUIET).success(None, js=OPEN_FIRST, api_visibility="private")
+    view.select(pick, [pictures, drawn.token], drawn.outputs, **QUIET).success(
+        None, js=OPEN_FIRST, api_visibility="private"
+    )
 
 
 def _side(name: str, what: str, studio: Studio) -> tuple[gr.Dropdown, gr.Textbox]:
     with gr.Column(min_width=300), gr.Row():
         chosen = gr.Dropdown(
-            label=name, choices=[*FIELDS, WORDS, NOTHING], value=what, min_width=120, elem_id=f"grid-{name.lower()}"
+            label=name, choices=[*FIELDS, WORDS, NOTHING], value=what, min_width=150, elem_id=f"grid-{name.lower()}"
         )
         values = gr.Textbox(
             label="Values",

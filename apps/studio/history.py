@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import secrets
 import shutil
@@ -34,13 +35,14 @@ class History:
 
     Args:
         root: folder of all visitors.
-        token: names one of them and is known to that browser alone; a new one where it is empty or malformed.
+        token: names one of them and is known to that browser alone; a new one where it is empty or malformed. The
+            folder, which stands in the addresses of its pictures, tells nobody the token.
         kept: how many, beside the favourites.
     """
 
     def __init__(self, root: Path, token: str | None = None, kept: int = KEPT):
         self.token = token if token and _TOKEN.fullmatch(token) else secrets.token_hex(16)
-        self.folder, self.kept = root / self.token, kept
+        self.folder, self.kept = root / hashlib.sha256(self.token.encode()).hexdigest()[:32], kept
 
     def new_folder(self) -> Path:
         """An empty folder for the next picture, in the order of time."""
@@ -53,6 +55,14 @@ class History:
         """Forget the pictures beyond the last ones, of which `made` is one; favourites stay."""
         for old in [folder for folder in self._folders() if not _is_favourite(folder)][self.kept :]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def adopt(self, made: Made) -> Made:
+        """A copy of a picture of this visitor that is not to go when others come; the one that is here if it is."""
+        same = next((one for one in self.pictures() if one.parameters == made.parameters), None)
+        if same is None:
+            same = Made(Path(shutil.copy(made.path, self.new_folder())), made.parameters)
+            self.added(same)
+        return same
 
     def star(self, name: str) -> None:
         """Make the picture in the folder of that name a favourite, or if it is one, none.

@@ -12,10 +12,17 @@ SCRIPT = """() => {
       event.stopPropagation();
       document.activeElement?.dispatchEvent(new Event('change', {bubbles: true}));
       setTimeout(() => press(['#generate', '#compare', '#grid', '#load']), 50);
-    } else if (event.key === 'Escape') {
+    } else if (event.key === 'Escape' && event.target.getAttribute?.('aria-expanded') !== 'true') {
       press(['#stop', '#compare-stop', '#grid-stop', '#explore-cancel', '#cancel']);
     }
   }, true);
+  window.addEventListener('hashchange', () => location.reload());  // a link that is pasted into an open page
+  const shown = localStorage.getItem('textcond-shade');
+  if (shown) document.body.classList.toggle('dark', shown === 'dark');
+  document.querySelector('#shade')?.addEventListener('click', () => {
+    const dark = document.body.classList.toggle('dark');
+    localStorage.setItem('textcond-shade', dark ? 'dark' : 'light');
+  });
   const holdsFile = (event) => [...(event.dataTransfer?.types ?? [])].includes('Files');
   const shade = (on) => document.body.classList.toggle('dropping', on);
   document.addEventListener('dragover', (event) => {
@@ -27,6 +34,7 @@ SCRIPT = """() => {
     if (!holdsFile(event) || !event.dataTransfer.files.length) return;
     event.preventDefault();
     event.stopPropagation();
+    document.querySelector('#tabs button[role=tab]')?.click();
     const input = document.querySelector('#with-picture input[type=file]');
     if (!input) return;
     const files = new DataTransfer();

@@ -15,7 +15,7 @@ FIRST_GUESS = 0.2
 class Place:
     """A place in the line. `steps_left` is kept up to date by who draws, so that those behind know how long."""
 
-    def __init__(self, line: Line, steps: int):
+    def __init__(self, line: Line, steps: float):
         self.line, self.steps_left = line, steps
 
     def ahead(self) -> tuple[int, float]:
@@ -37,8 +37,8 @@ class Line:
         self.lock, self.places = threading.Lock(), []
 
     @contextmanager
-    def place(self, steps: int) -> Iterator[Place]:
-        """Stand in the line with a wish of so many denoising steps, and leave it at the end of the `with` block.
+    def place(self, steps: float) -> Iterator[Place]:
+        """Stand in the line with a wish of so many denoising steps of the usual size, and leave it with the block.
 
         Raises:
             ValueError: too many stand in it.
@@ -55,7 +55,7 @@ class Line:
                 self.places.remove(mine)
 
     def measured(self, seconds: float) -> None:
-        """Take in how long one step took."""
+        """Take in how long one step of the usual size took."""
         with self.lock:
             self.seconds_a_step += 0.2 * (seconds - self.seconds_a_step)
 
@@ -66,11 +66,11 @@ class Pace:
     def __init__(self, place: Place):
         self.place, self.last = place, None
 
-    def step(self) -> float:
-        """One step is done: the seconds that are left for this place."""
+    def step(self, share: float = 1.0) -> float:
+        """A step is done that is `share` of a usual one: the seconds that are left for this place."""
         now = time.monotonic()
         if self.last is not None:
-            self.place.line.measured(now - self.last)
+            self.place.line.measured((now - self.last) / share)
         self.last = now
-        self.place.steps_left = max(0, self.place.steps_left - 1)
+        self.place.steps_left = max(0, self.place.steps_left - share)
         return self.place.steps_left * self.place.line.seconds_a_step

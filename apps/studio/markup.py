@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from textcond.apps.generation import PromptLength
 from textcond.apps.metadata import Parameters
 
 from .drawing import Step, Waiting
 
-if TYPE_CHECKING:
-    from textcond import Hit
-
 HEAD = """<div id="head"><h1>text<i>cond</i> studio</h1>
-<p>One encoder conditions the picture and finds the prompts beside it.</p></div>"""
+<p>One encoder conditions the picture and finds the prompts beside it.</p>
+<button type="button" id="shade" title="Light or dark" aria-label="Light or dark">◐</button></div>"""
 
 
 def heading(title: str, told: str = "", *, alas: bool = False) -> str:
     """A title with a line below it."""
     return f'<h2>{html.escape(title)}</h2><p class="{"alas" if alas else "quiet"}">{html.escape(told) or "&nbsp;"}</p>'
+
+
+def plain(told: str) -> str:
+    """A line of text, which may hold anything."""
+    return f'<span role="status">{html.escape(told)}</span>'
+
+
+def loaded(pipeline: str, place: str) -> str:
+    """Which pipeline draws, and where."""
+    return f'<p class="quiet">{html.escape(" · ".join(filter(None, (pipeline, place))))}</p>'
 
 
 def alas(told: str) -> str:
@@ -62,15 +68,21 @@ def seconds(number: float) -> str:
     return f"{number / 60:.0f} min" if number >= 90 else f"{max(1, round(number))} s"
 
 
-def used(parameters: Parameters, hits: Sequence[Hit]) -> str:
-    """The neighbours that a picture is made with, and the prompt that became of them."""
-    if not hits:
+def used(parameters: Parameters) -> str:
+    """The neighbours that a picture is made with, and the prompt that became of them; empty without retrieval."""
+    if not parameters.retrieval:
+        return ""
+    neighbours = parameters.retrieval.get("neighbours")
+    if not neighbours:
         return '<p class="quiet">The index holds no neighbours.</p>'
-    rows = "".join(f"<li>{hit.score:.2f} · <bdi>{html.escape(hit.text)}</bdi></li>" for hit in hits)
-    expanded = ""
-    if (asked := parameters.retrieval.get("prompt")) is not None and asked != parameters.prompt:
-        expanded = f"<p>The prompt became “<bdi>{html.escape(parameters.prompt)}</bdi>”.</p>"
-    return f"<ul>{rows}</ul>{expanded}"
+    rows = "".join(f"<li>{score:.2f} · <bdi>{html.escape(text)}</bdi></li>" for text, score in neighbours)
+    told = "By meaning and words together; the number is the cosine of the meanings."
+    became = ""
+    if parameters.retrieval.get("mode") == "expand":
+        same = parameters.retrieval.get("prompt") == parameters.prompt
+        prompt = html.escape(parameters.prompt)
+        became = "<p>They add nothing to it.</p>" if same else f"<p>The prompt became “<bdi>{prompt}</bdi>”.</p>"
+    return f'<ul>{rows}</ul><p class="quiet">{told}</p>{became}'
 
 
 def made(parameters: Parameters, took: float | None = None) -> str:

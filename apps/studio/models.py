@@ -16,7 +16,7 @@ from textcond.apps.loading import DTYPES, devices
 from . import markup
 from .draw_tab import DrawTab
 from .drawing import POLL, Stopped
-from .shared import QUIET, Studio, log
+from .shared import MAX_GUIDANCE, QUIET, Studio, log
 
 AUTOMATIC = "automatic"
 
@@ -111,9 +111,13 @@ def models_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
                 chosen = [None if value == AUTOMATIC else value for value in (where, precision)]
                 for share, what in loading(engine, wanted.strip() or engine.name, *chosen, signal):
                     yield {status: markup.bar(share, f"Loading: {what}")}
-                yield {status: "Loaded."} | described() | (settings.encoders(studio) if engine.name != before else {})
+                values = {status: "Loaded."} | described()
+                if engine.name != before:
+                    guidance = min(MAX_GUIDANCE, max(1.0, engine.guidance))
+                    values |= settings.encoders(studio) | {settings.guidance: guidance}
+                yield values
             except Stopped:
-                yield {status: f"Cancelled: {engine.name} stays."}
+                yield {status: markup.plain(f"Cancelled: {engine.name} stays.")}
             except Exception as error:
                 log(error)
                 yield {status: markup.alas(one_line(error))}
@@ -131,7 +135,7 @@ def models_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
     done = asked.then(
         load_pipeline,
         [name, device, dtype],
-        [status, present, contracts, settings.encoder],
+        [status, present, contracts, settings.encoder, settings.guidance],
         concurrency_limit=2,
         **QUIET,
     )

@@ -10,6 +10,7 @@ import sys
 import threading
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from textcond.apps.engine import Engine
 from textcond.apps.loading import find_pipeline
@@ -20,6 +21,9 @@ from .keys import SCRIPT
 from .page import build
 from .shared import MAX_UPLOAD, Studio, log
 from .theme import CSS, THEME
+
+if TYPE_CHECKING:
+    from starlette.middleware import Middleware
 
 FIRST_PORT, LAST_PORT = 7860, 7959
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -48,7 +52,8 @@ def serve(
         root_path: path under which a proxy serves it, such as "/studio".
         mcp: whether the API is offered as tools over MCP too.
 
-    Visitors may load models and write into the index if nobody else can reach the page, or if they know the password.
+    Visitors may load models and write into the index if they know the password, or if nobody else can reach the page:
+    on loopback, without a proxy at `root_path`.
 
     Raises:
         FileNotFoundError, ValueError: the pipeline or the index does not exist, or the password is malformed.
@@ -69,7 +74,8 @@ def serve(
         engine=Engine(pipeline, index, device, dtype, own_index=folder / "index"),
         folder=folder / "served",
         encoders=nearby_encoders(Path.cwd()),
-        trusted=local or known is not None,
+        # behind a proxy, who reaches it is not who sits here
+        trusted=(local and not root_path) or known is not None,
     )
     studio.forget_old()
     page = build(studio)
@@ -90,6 +96,7 @@ def serve(
         ssr_mode=False,
         pwa=False,
         mcp_server=mcp,
+        app_kwargs={"middleware": _middleware(local and not root_path)},
         max_file_size=MAX_UPLOAD,
         max_threads=160,
     )
@@ -112,6 +119,15 @@ def pictures_folder(chosen: str | Path | None = None) -> Path:
     folder = Path(chosen).expanduser().resolve()
     (folder / "served").mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _middleware(local: bool) -> list[Middleware]:
+    """On loopback, refuse what a page elsewhere asks for under a name of its own that leads here."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    names = ["127.0.0.1", "localhost", "["]  # starlette cuts "[::1]:7860" at the first colon
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=names)] if local else []
 
 
 def _credentials(auth: str | None) -> tuple[str, str] | None:

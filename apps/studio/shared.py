@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+
 from textcond.apps.engine import Engine
 from textcond.apps.errors import debugging, one_line
 from textcond.apps.metadata import MULTILINGUAL, NATIVE, REFERENCE
@@ -18,7 +20,8 @@ from textcond.apps.metadata import MULTILINGUAL, NATIVE, REFERENCE
 from .history import History, forget_old
 from .line import Line
 
-SEEDS = 2**32
+SEEDS = 2**32  # of which a random one is drawn
+PAGE_SEEDS = 2**53  # a browser's numbers hold no larger ones
 MAX_PROMPT, MAX_STEPS, MAX_GUIDANCE, MAX_COUNT = 100_000, 60, 15.0, 8
 MAX_CELLS = 36
 MIN_SIZE, MAX_SIZE = 64, 1024
@@ -27,6 +30,14 @@ MAX_UPLOAD = 16 * 2**20
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 # Drawings wait in our own line, which tells how long; gradio's must let them all in.
 DRAWING: dict[str, Any] = {"concurrency_limit": 80, "concurrency_id": "draw", **QUIET}
+
+
+@dataclass
+class _Work:
+    """What one Stop button stops: one signal for all that runs."""
+
+    signal: threading.Event = field(default_factory=threading.Event)
+    running: int = 0
 
 
 @dataclass
@@ -45,7 +56,8 @@ class Studio:
     encoders: list[str] = field(default_factory=list)
     trusted: bool = False
     line: Line = field(default_factory=Line)
-    stops: dict[str, threading.Event] = field(default_factory=dict)
+    _works: dict[str, _Work] = field(default_factory=dict)
+    _changing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def offered(self) -> list[str]:
@@ -76,23 +88,48 @@ class Studio:
         (rows := self.folder / "rows").mkdir(exist_ok=True)
         return rows
 
-    def stop(self, session: str) -> None:
-        """Stop what that open page is doing."""
-        if signal := self.stops.get(session):
-            signal.set()
+    def stop(self, key: str) -> None:
+        """Stop all that was begun under that key, one for each of a page's Stop buttons."""
+        with self._changing:
+            if work := self._works.get(key):
+                work.signal.set()
 
-    def prepare(self, session: str) -> None:
-        """Let that page be stopped from now on, also before its work begins."""
-        self.stops[session] = threading.Event()
+    def prepare(self, key: str) -> None:
+        """Let the key's next work be stopped from now on, before it begins."""
+        with self._changing:
+            work = self._works.get(key)
+            if work is None or work.signal.is_set() or not work.running:
+                self._works[key] = _Work()
 
     @contextmanager
-    def stoppable(self, session: str) -> Iterator[threading.Event]:
+    def stoppable(self, key: str) -> Iterator[threading.Event]:
         """What `stop` sets while the `with` block runs."""
-        signal = self.stops.setdefault(session, threading.Event())
+        with self._changing:
+            work = self._works.setdefault(key, _Work())
+            work.running += 1
         try:
-            yield signal
+            yield work.signal
         finally:
-            self.stops.pop(session, None)
+            with self._changing:
+                work.running -= 1
+                if not work.running and self._works.get(key) is work:
+                    del self._works[key]
+
+    def busy(self, key: str) -> bool:
+        """Whether `stop` would stop something that runs."""
+        with self._changing:
+            work = self._works.get(key)
+            return work is not None and work.running > 0 and not work.signal.is_set()
+
+
+def follow_prompt(tab: gr.Tab, first: gr.Textbox, own: gr.Textbox) -> Any:
+    """Let a tab's prompt be that of the first tab whenever it is opened, until somebody writes another into it."""
+    taken = gr.State("")
+
+    def follow(text: str, prompt: str, before: str) -> tuple[str, str]:
+        return (prompt, prompt) if text in ("", before) else (text, before)
+
+    return tab.select(follow, [own, first, taken], [own, taken], queue=False, **QUIET)
 
 
 def log(error: BaseException) -> None:

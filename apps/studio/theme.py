@@ -54,6 +54,9 @@ footer { display: none !important; }
 
 #prompt textarea { font-size: 1.12rem; line-height: 1.5; }
 #prompt textarea, #negative textarea { unicode-bidi: plaintext; }
+input[type=number] { border: 1px solid var(--border-color-primary); }
+#head #shade { margin-left: auto; font-size: 1.1rem; line-height: 1; padding: .2rem .4rem; }
+#loaded { margin: -.5rem 0 -.4rem; font-size: .84rem; }
 #count { margin: -.65rem .2rem -.5rem; min-height: 1.3rem; font-size: .84rem; }
 #count, #status { color: var(--body-text-color-subdued); }
 #count .cut { color: #b45309; }
@@ -86,6 +89,7 @@ footer { display: none !important; }
 .tiles .thumbnail-item:focus-visible { outline: 2px solid var(--primary-500); }
 #made-head { align-items: center; justify-content: space-between; }
 #made-head > * { flex: none; width: fit-content; min-width: 0 !important; border: 0 !important; background: none; }
+#made-head > :last-child { margin-left: auto; }
 #made .gallery-item { position: relative; }
 #made .star {
   position: absolute; right: .25rem; top: .25rem; width: 1.7rem; height: 1.7rem; border-radius: 50%; line-height: 1;
@@ -140,6 +144,14 @@ h2 + p { margin: 0; font-size: .9rem; }
 #contracts pre {
   white-space: pre-wrap; font-size: .84rem; padding: .7rem .9rem; margin: .5rem 0; border-radius: 8px;
   background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
+}
+@media (max-width: 700px) {
+  /* what is found comes right below the picture: both columns are laid out as one */
+  #draw { flex-direction: column; flex-wrap: nowrap; }
+  #draw > .column { display: contents; }
+  #found-head, #find-options, #found { order: 1; }
+  #more, #retrieval, #made-head, #made, #as-code { order: 2; }
+  #tabs .tab-container button { padding-left: .45rem; padding-right: .45rem; font-size: .86rem; }
 }
 body.dropping::after {
   content: "Drop a picture: its settings come back"; position: fixed; inset: 12px; z-index: 1000; display: grid;

@@ -468,8 +468,9 @@ class AlignRecipe:
         concepts: how many of the reference data's concepts the denoiser was taught.
         translations: of each caption, in the languages with captions drawn anew.
         names: of each caption's concept, in further languages drawn anew; the rest of the caption stays English.
-        modified: of each caption, among modifiers that the teacher does not read: its own encoder takes them for what
-            is to be drawn, and loses the caption if they come first or are many.
+        alone: times that each name stands by itself, in each language with captions; Japanese ones in hiragana too.
+        modified: of each caption, half of them reworded, among modifiers that the teacher does not read: its own
+            encoder takes them for what is to be drawn, and loses the caption if they come first or are many.
         reworded: of each caption, in other words or another order, see `REWORDED`, and of Japanese ones half in
             hiragana; the teacher reads the caption, since its encoder was taught no other form.
         words: captions of each translation that `words.txt` has of a name or keyword of what is drawn, beside the word
@@ -486,6 +487,7 @@ class AlignRecipe:
     concepts: int = 300
     translations: int = 3
     names: int = 1
+    alone: int = 2
     modified: int = 3
     reworded: int = 2
     words: int = 2
@@ -533,6 +535,8 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
         aligned = sorted(language for language in names if language in captioned)
         further = sorted(language for language in names if language.split("-")[0] not in ("en", *ALIGNED, *WITHHELD))
         said_in = ["en", *aligned]
+        for language in aligned:
+            lines += [f"{concept.name}\t{name}" for name in spellings(names[language], language)] * recipe.alone
         parts = itertools.product([None, *STYLES], [None, *COLOURS])
         for style, colour in parts:
             if style and colour and is_held_out(concept.name, style, colour):
@@ -543,12 +547,14 @@ def alignment_prompts(phrases: Path, concepts: Sequence[Concept], recipe: AlignR
                 lines.append(f"{english}\t{foreign_caption(names[language], language, style, colour)}")
             for language in rng.permutation(further)[: recipe.names]:
                 lines.append(f"{english}\t{caption(concept, style, colour, words=names[language])}")
-            for language in rng.choice(said_in, recipe.modified if modifiers else 0, p=odds(said_in)):
-                said = english if language == "en" else foreign_caption(names[language], language, style, colour)
-                lines.append(f"{english}\t{modified(said, modifiers, rng)}")
-            for language in rng.choice(said_in, recipe.reworded, p=odds(said_in)):
-                name = str(rng.choice(spellings(concept.name if language == "en" else names[language], language)))
-                lines.append(f"{english}\t{reworded(name, language, style, colour, rng)}")
+            added = recipe.modified if modifiers else 0
+            for place, language in enumerate(rng.choice(said_in, added + recipe.reworded, p=odds(said_in))):
+                if place >= added or rng.random() < 0.5:
+                    name = str(rng.choice(spellings(concept.name if language == "en" else names[language], language)))
+                    said = reworded(name, language, style, colour, rng)
+                else:
+                    said = english if language == "en" else foreign_caption(names[language], language, style, colour)
+                lines.append(f"{english}\t{modified(said, modifiers, rng) if place < added else said}")
         if len(concept.keywords) > 1:
             for style in STYLES:
                 words = ", ".join(rng.permutation(concept.keywords)[: int(rng.integers(1, 4))])

@@ -150,6 +150,8 @@ class Timed:
 
     def __getattr__(self, name):
         method = getattr(self.store, name)
+        if not callable(method):
+            return method
 
         def timed_call(*arguments, **options):
             start = time.perf_counter()

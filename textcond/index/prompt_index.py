@@ -294,7 +294,10 @@ class PromptIndex:
         vector, tokens = self._asked(query, id, mode)
         wanted = k if diversity == 0 else max(4 * k, 20)
         # fusion can put first what is low in both lists; one list needs rows to spare for near-duplicates alone
-        least = max(50, 3 * wanted) if vector is not None and tokens is not None else max(20, 2 * wanted)
+        if vector is not None and tokens is not None:
+            least = max(50, 3 * wanted)
+        else:
+            least = max(20, 2 * wanted) if collapse else wanted
         depth = min(least + (id is not None), most)
         varied = diversity > 0
         while True:
