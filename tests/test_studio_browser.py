@@ -125,8 +125,9 @@ def _open(window, address):
 
 def _check_console(window):
     severe = [entry["message"] for entry in window.log("browser") if entry["level"] == "SEVERE"]
-    # gradio's own page says this of the stream that it closes when it is reloaded.
-    assert not [message for message in severe if "signal is aborted without reason" not in message]
+    # gradio's own page says these of the stream that it closes when it is reloaded.
+    closed = ("signal is aborted without reason", "Connection errored out.")
+    assert not [message for message in severe if not any(one in message for one in closed)]
 
 
 @pytest.fixture
@@ -195,8 +196,8 @@ def _choose(page, box, label):
 
 def test_a_prompt_is_found_used_drawn_and_brought_back(page):
     _write(page, "red fox, noto style")
-    page.until(f"{FOUND}[0] == '1.00 · red fox, noto style'", "the nearest prompt")
-    third = page.script(f"return {FOUND}[2]").split(" · ")[1]
+    page.until(f"{FOUND}[0] == 'red fox, noto style'", "the nearest prompt")
+    third = page.script(f"return {FOUND}[2]")
     page.click("#found .gallery-item:nth-child(3) button")
     page.until(f"{PROMPT} == {third!r}", "the clicked prompt")
     _draw(page)
@@ -298,13 +299,27 @@ def test_a_reload_and_a_link_bring_everything_back(page, server):
     _open(page, address)
     page.until(f"{PROMPT} == 'red fox' && {SEED} == '{seed}'", "the settings of the link", PATIENCE)
     assert not page.script(f"return {MADE}")
+    page.script("location.hash = 'prompt=a+blue+owl&seed=4'")
+    page.until(f"{PROMPT} == 'a blue owl' && {SEED} == '4'", "a link that is pasted into the open page", PATIENCE)
+
+
+def test_light_and_dark_are_a_click_apart_and_stay_so(page):
+    dark = "document.body.classList.contains('dark')"
+    before = page.script(f"return {dark}")
+    page.click("#shade")
+    assert page.script(f"return {dark}") != before
+    page.script("location.reload()")
+    page.until(f"{FOUND}.length > 0 && {dark} != {str(before).lower()}", "the same shade", PATIENCE)
+    page.script("localStorage.removeItem('textcond-shade')")
 
 
 def test_a_picture_is_dropped_in_and_its_settings_come_back(page, tmp_path):
     parameters = Parameters("blue apple, blob style", "snow", seed=77, num_inference_steps=5, guidance_scale=3.0)
     write_png(tmp_path / "apple.png", Image.new("RGB", (8, 8)), parameters)
+    _tab(page, "Grid")
     _drop(page, "apple.png", (tmp_path / "apple.png").read_bytes())
     page.until(f"{PROMPT} == 'blue apple, blob style' && {SEED} == '77'", "the settings")
+    assert page.script("return Boolean(document.querySelector('#prompt').offsetParent)")  # on the first tab
     assert page.script("return document.querySelector('#steps input[type=number]').value") == "5"
     assert not page.script("return document.querySelector('#random input').checked")
 
@@ -668,7 +683,7 @@ def test_two_people_at_once_wait_for_each_other_and_see_their_own(page, server, 
         page.until(f"{STATUS}.includes('Stopped')", "the stop")
         _drawn(other)
         assert other.script(f"return {MADE}") == 1
-        assert other.script("return document.querySelector('#made .caption-label').innerText") == "blue apple"
+        assert other.script("return document.querySelector('#made .caption-label').innerText").startswith("blue apple")
     finally:
         other.close()
 

@@ -188,6 +188,27 @@ def test_who_waits_can_leave_and_a_full_line_says_so(engine, tmp_path):
         assert len(line.places) == 1
 
 
+def test_who_wants_many_lets_others_draw_between_two_of_them(engine, tmp_path):
+    line = Line()
+    many, one = (_draw(engine, tmp_path, *[_job(engine)] * count, line=line) for count in (3, 1))
+    while not isinstance(next(many), Made):
+        pass
+    assert isinstance(next(one), Waiting)
+    assert isinstance(next(many), Waiting)
+    assert isinstance(list(one)[-1], Made)
+    assert sum(isinstance(event, Made) for event in many) == 2
+
+
+def test_a_larger_picture_counts_for_more_steps(engine, tmp_path):
+    engine.warm_up()
+    line = Line()
+    with line.place(1):
+        large = _draw(engine, tmp_path, _job(engine, width=256, height=256), line=line)
+        next(large)
+        assert line.places[1].steps_left == 4 * 4
+        large.close()
+
+
 def test_the_pace_of_the_line_follows_the_steps(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -359,7 +380,7 @@ def test_appending_leaves_out_what_the_prompt_has():
 def test_the_caption_says_what_the_order_is_by():
     hit = SimpleNamespace(text="red fox", score=0.876, dense_rank=1, lexical_rank=None)
     assert caption(hit, "dense") == "0.88 · red fox"
-    assert caption(hit, "hybrid") == "1. / – · red fox"
+    assert caption(hit, "hybrid") == "red fox"
     assert caption(hit, None) == "red fox"
 
 

@@ -48,24 +48,25 @@ class Step:
 def drawing(
     engine: Engine, jobs: Sequence[Parameters], history: History, stop: threading.Event, line: Line
 ) -> Iterator[Waiting | Step | Made]:
-    """Wait for the turn, then draw one picture after another: yield each step, and each picture as it is made.
+    """Draw one picture after another, each when its turn comes: yield each step, and each picture as it is made.
 
     Raises:
         Stopped: `stop` was set.
         Exception: whatever the drawing raised; ValueError for a line that is full.
     """
     left = threading.Event()
-    with line.place(sum(job.num_inference_steps * engine.share(job) for job in jobs)) as place:
-        try:
-            while (before := place.ahead())[0]:
-                yield Waiting(*before)
-                if stop.wait(POLL):
-                    raise Stopped
-            pace = Pace(place)
-            for job in jobs:
-                yield from _one(engine, job, history, lambda: stop.is_set() or left.is_set(), pace)
-        finally:
-            left.set()
+    work = [job.num_inference_steps * engine.share(job) for job in jobs]
+    try:
+        for number, job in enumerate(jobs):
+            # a turn for each, so that who wants many does not keep the others waiting
+            with line.place(work[number], later=sum(work[number + 1 :])) as place:
+                while (before := place.ahead())[0]:
+                    yield Waiting(*before)
+                    if stop.wait(POLL):
+                        raise Stopped
+                yield from _one(engine, job, history, lambda: stop.is_set() or left.is_set(), Pace(place))
+    finally:
+        left.set()
 
 
 def _one(

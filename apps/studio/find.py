@@ -47,7 +47,7 @@ def find_side() -> Find:
     """Lay it out, in the column that is open."""
     head = gr.HTML(elem_id="found-head")
     with gr.Row(elem_id="find-options"):
-        mode = gr.Radio(MODES, value="dense", label="Near in", min_width=150, elem_id="mode")
+        mode = gr.Radio(MODES, value="hybrid", label="Near in", min_width=150, elem_id="mode")
         click = gr.Radio(
             [("uses it", USE), ("appends", APPEND), ("finds similar", SIMILAR)],
             value=USE,
@@ -76,12 +76,9 @@ def shown(hits: Sequence[Hit], folder: Path, mode: str | None) -> tuple[list[tup
 
 
 def caption(hit: Hit, mode: str | None) -> str:
-    """The text of a row, behind its cosine or BM25 score, or its ranks by meaning and by words where both count."""
-    if mode is None:
+    """The text of a row, behind its cosine or BM25 score if it is ordered by one."""
+    if mode in (None, "hybrid"):
         return hit.text
-    if mode == "hybrid":
-        ranks = " / ".join("–" if rank is None else f"{rank}." for rank in (hit.dense_rank, hit.lexical_rank))
-        return f"{ranks} · {hit.text}"
     return f"{hit.score:.2f} · {hit.text}"
 
 
@@ -90,7 +87,7 @@ def told(finder: Finder, mode: str) -> str:
     by = {
         "dense": "by the same encoder",
         "lexical": "by the words they share",
-        "hybrid": "ranked by meaning / by words",
+        "hybrid": "by the same encoder and by words",
     }
     return f"of {len(finder):,}, {by[mode]}."
 

@@ -15,8 +15,8 @@ FIRST_GUESS = 0.2
 class Place:
     """A place in the line. `steps_left` is kept up to date by who draws, so that those behind know how long."""
 
-    def __init__(self, line: Line, steps: float):
-        self.line, self.steps_left = line, steps
+    def __init__(self, line: Line, steps: float, later: float):
+        self.line, self.steps_left, self.later = line, steps, later
 
     def ahead(self) -> tuple[int, float]:
         """How many are served before this one, and about how many seconds that takes."""
@@ -37,13 +37,17 @@ class Line:
         self.lock, self.places = threading.Lock(), []
 
     @contextmanager
-    def place(self, steps: float) -> Iterator[Place]:
+    def place(self, steps: float, later: float = 0) -> Iterator[Place]:
         """Stand in the line with a wish of so many denoising steps of the usual size, and leave it with the block.
+
+        Args:
+            steps: of this wish.
+            later: of those that the same person will stand in the line for again.
 
         Raises:
             ValueError: too many stand in it.
         """
-        mine = Place(self, steps)
+        mine = Place(self, steps, later)
         with self.lock:
             if len(self.places) >= self.most:
                 raise ValueError(f"{self.most} pictures are waited for already: try again in a minute")
@@ -67,10 +71,10 @@ class Pace:
         self.place, self.last = place, None
 
     def step(self, share: float = 1.0) -> float:
-        """A step is done that is `share` of a usual one: the seconds that are left for this place."""
+        """A step is done that is `share` of a usual one: the seconds that are left for all of this person's."""
         now = time.monotonic()
         if self.last is not None:
             self.place.line.measured((now - self.last) / share)
         self.last = now
         self.place.steps_left = max(0, self.place.steps_left - share)
-        return self.place.steps_left * self.place.line.seconds_a_step
+        return (self.place.steps_left + self.place.later) * self.place.line.seconds_a_step

@@ -54,7 +54,7 @@ footer { display: none !important; }
 
 #prompt textarea { font-size: 1.12rem; line-height: 1.5; }
 #prompt textarea, #negative textarea { unicode-bidi: plaintext; }
-input[type=number] { border: 1px solid var(--border-color-primary); }
+#seed input, #width input, #height input { border: 1px solid var(--border-color-primary); }
 #head #shade { margin-left: auto; font-size: 1.1rem; line-height: 1; padding: .2rem .4rem; }
 #loaded { margin: -.5rem 0 -.4rem; font-size: .84rem; }
 #count { margin: -.65rem .2rem -.5rem; min-height: 1.3rem; font-size: .84rem; }
@@ -87,9 +87,8 @@ input[type=number] { border: 1px solid var(--border-color-primary); }
   unicode-bidi: plaintext;
 }
 .tiles .thumbnail-item:focus-visible { outline: 2px solid var(--primary-500); }
-#made-head { align-items: center; justify-content: space-between; }
+#made-head { align-items: center; justify-content: flex-start; gap: 1.2rem; }
 #made-head > * { flex: none; width: fit-content; min-width: 0 !important; border: 0 !important; background: none; }
-#made-head > :last-child { margin-left: auto; }
 #made .gallery-item { position: relative; }
 #made .star {
   position: absolute; right: .25rem; top: .25rem; width: 1.7rem; height: 1.7rem; border-radius: 50%; line-height: 1;
@@ -151,7 +150,8 @@ h2 + p { margin: 0; font-size: .9rem; }
   #draw > .column { display: contents; }
   #found-head, #find-options, #found { order: 1; }
   #more, #retrieval, #made-head, #made, #as-code { order: 2; }
-  #tabs .tab-container button { padding-left: .45rem; padding-right: .45rem; font-size: .86rem; }
+  #tabs .tab-wrapper button { padding: 0 .4rem !important; font-size: .84rem !important; }
+  #why th, #why td { padding: .35rem .3rem; font-size: .78rem; }
 }
 body.dropping::after {
   content: "Drop a picture: its settings come back"; position: fixed; inset: 12px; z-index: 1000; display: grid;
