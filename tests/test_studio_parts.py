@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from textcond import PromptIndex
+from textcond.apps import loading as loading_module
 from textcond.apps.engine import Engine
 from textcond.apps.metadata import Parameters, read_parameters, write_png
 from textcond.apps.studio import Studio
@@ -321,6 +322,26 @@ def test_loading_can_be_cancelled_and_what_cannot_be_loaded_leaves_the_present_o
     with pytest.raises(FileNotFoundError, match="no pipeline folder"):
         list(loading(engine, "nothing here", None, None, threading.Event()))
     assert engine.place == "cpu, float32"
+
+
+def test_a_hub_that_does_not_answer_keeps_nobody_from_loading_another_pipeline(demo, monkeypatch):
+    engine, answers = Engine(demo.pipeline, demo.index), threading.Event()
+    find = loading_module.find_pipeline
+
+    def slow(name):
+        return answers.wait(60) and find(demo.pipeline) if name == "far/away" else find(name)
+
+    monkeypatch.setattr("textcond.apps.engine.find_pipeline", slow)
+    stop = threading.Event()
+    cancelled = loading(engine, "far/away", None, None, stop)
+    next(cancelled)
+    stop.set()
+    with pytest.raises(Stopped):
+        list(cancelled)
+    assert list(loading(engine, demo.pipeline, None, "bfloat16", threading.Event()))
+    answers.set()  # the one that was cancelled changes nothing any more
+    time.sleep(1)
+    assert (engine.name, engine.place) == (demo.pipeline, "cpu, bfloat16")
 
 
 def test_what_the_pipeline_expects_is_told(engine):
