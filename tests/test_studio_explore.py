@@ -147,6 +147,26 @@ def test_maps_that_are_long_out_of_use_are_removed(engine, tmp_path, monkeypatch
     assert (tmp_path / f"{last.key}.npy").exists()
 
 
+def test_a_new_row_lies_between_its_neighbours_and_nothing_else_moves(engine, tmp_path, monkeypatch):
+    index, store = PromptIndex(engine.finder().encoder), Maps(tmp_path)
+    index.add([f"red fox {number}" for number in range(60)] + [f"blue apple {number}" for number in range(60)])
+    before = _made(store, Finder(index))[1]
+    monkeypatch.setattr(maps, "project", lambda *arguments: pytest.fail("it was made anew"))
+    (new,) = index.add(["red fox 7!"])
+    events = list(store.follow(Finder(index), threading.Event()))
+    (after,) = events
+    for name, place in before.places.items():
+        np.testing.assert_array_equal(after.points[after.places[name]], before.points[place])
+    near = [before.points[before.places[hit.id]] for hit in Finder(index).similar(new, 8)]
+    assert (np.min(near, 0) <= after.points[after.places[new]]).all()
+    assert (after.points[after.places[new]] <= np.max(near, 0)).all()
+    assert Maps(tmp_path)._read(after.key, 121) is not None
+    with monkeypatch.context() as anew:
+        anew.setattr(maps, "project", lambda vectors, told: np.ones((len(vectors), 2), np.float32))
+        index.add([f"owl {number}" for number in range(5)])
+        assert (_made(store, Finder(index))[1].points == 1).all()
+
+
 class Slow:
     """A projection that goes on until it is told to end."""
 

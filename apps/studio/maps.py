@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 BATCH = 1000
 # Maps that stay in memory, and files that stay on disk: those of an index before it changed are of no more use.
 READY, KEPT = 4, 16
+# New rows take their places on the map of the others, each between its neighbours, if they are so few and one in a
+# hundred at most.
+FEW, NEIGHBOURS = 100, 8
 # A field colours the map if it has 2 to so many values; those beyond the most frequent ones share a colour.
 MOST_VALUES, COLOURS = 40, 10
 FIRST_FIELDS = ("style", "language")
@@ -53,11 +56,13 @@ class IndexMap:
     """Where each row of an index lies.
 
     Attributes:
+        weights: hash of those that the rows were encoded with.
         ids: of the rows, in the order of everything else.
         points: `(n, 2)` float32, in the square from -1 to 1.
     """
 
     key: str
+    weights: str
     index: PromptIndex
     ids: list[str]
     points: np.ndarray
@@ -159,14 +164,27 @@ class Maps:
         key = _key(rows, finder.weights_hash)
         if key not in self.ready:
             points = self._read(key, len(rows))
+            if points is None and (points := self._grown(finder, rows)) is not None:
+                self._write(key, points)
             if points is None:
                 points = yield from self._made(key, finder, [row.id for row in rows], stop)
             ids = [row.id for row in rows]
             places = {name: number for number, name in enumerate(ids)}
-            made = IndexMap(key, finder.index, ids, points, fields(rows), places)
+            made = IndexMap(key, finder.weights_hash, finder.index, ids, points, fields(rows), places)
             with self._lock:
                 self.ready = dict([*self.ready.items(), (key, made)][-READY:])
         yield self.ready[key]
+
+    def _grown(self, finder: Finder, rows: Sequence[Hit]) -> np.ndarray | None:
+        """The points of a map of nearly the same rows, the new ones between their neighbours; None without one."""
+        for known in reversed([*self.ready.values()]):
+            new = [row.id for row in rows if row.id not in known.places]
+            if known.weights == finder.weights_hash and len(new) <= min(FEW, len(rows) / 100):
+                placed = {id: known.place(finder.similar(id, NEIGHBOURS))[0] for id in new}
+                if all(placed.values()):
+                    points = [placed.get(row.id) or known.points[known.places[row.id]] for row in rows]
+                    return np.array(points, np.float32)
+        return None
 
     def _made(
         self, key: str, finder: Finder, ids: list[str], stop: threading.Event
