@@ -460,6 +460,16 @@ def test_alignment_reads_no_held_out_combination_and_every_aligned_language(buil
     assert any(re.search(r"\t.+(スタイルの|風の|背景の)", line) for line in lines)
 
 
+def test_names_stand_by_themselves_and_reworded_captions_among_modifiers(built, data):
+    concepts = read_concepts(data)[:8]
+    recipe = AlignRecipe(concepts=8, general=0.0, words=0, alone=7)
+    lines = alignment_prompts(built, concepts, recipe)
+    for concept in concepts:
+        for name in spellings(concept.names["ja"], "ja"):
+            assert lines.count(f"{concept.name}\t{name}") >= 7
+    assert any(re.search(r"\t.*(soft light|very detailed).*(スタイルの|風の|背景の)", line) for line in lines)
+
+
 def test_an_encoder_for_all_that_can_be_drawn_reads_every_language_that_has_captions(built, data):
     lines = alignment_prompts(built, read_concepts(data), AlignRecipe(concepts=8, leave_out=False, general=0.0))
     assert any(re.search(r"\t.*묘", line) for line in lines)

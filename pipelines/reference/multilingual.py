@@ -489,7 +489,7 @@ class AlignRecipe:
     names: int = 1
     alone: int = 2
     modified: int = 3
-    reworded: int = 2
+    reworded: int = 3
     words: int = 2
     favoured: dict[str, float] = field(default_factory=dict)
     leave_out: bool = False
