@@ -126,7 +126,7 @@ def _open(window, address):
 def _check_console(window):
     severe = [entry["message"] for entry in window.log("browser") if entry["level"] == "SEVERE"]
     # gradio's own page says these of the stream that it closes when it is reloaded.
-    closed = ("signal is aborted without reason", "Connection errored out.")
+    closed = ("signal is aborted without reason", "BodyStreamBuffer was aborted", "Connection errored out.")
     assert not [message for message in severe if not any(one in message for one in closed)]
 
 
@@ -299,6 +299,7 @@ def test_a_reload_and_a_link_bring_everything_back(page, server):
     _open(page, address)
     page.until(f"{PROMPT} == 'red fox' && {SEED} == '{seed}'", "the settings of the link", PATIENCE)
     assert not page.script(f"return {MADE}")
+    page.until(f"{HEAD}.includes('by the same encoder')", "the neighbours")
     page.script("location.hash = 'prompt=a+blue+owl&seed=4'")
     page.until(f"{PROMPT} == 'a blue owl' && {SEED} == '4'", "a link that is pasted into the open page", PATIENCE)
 
