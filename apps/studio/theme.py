@@ -149,6 +149,7 @@ h2 + p { margin: 0; font-size: .9rem; }
   #draw { flex-direction: column; flex-wrap: nowrap; }
   #draw > .column { display: contents; }
   #found-head, #find-options, #found { order: 1; }
+  #head p { order: 1; flex-basis: 100%; }
   #more, #retrieval, #made-head, #made, #as-code { order: 2; }
   #tabs .tab-wrapper button { padding: 0 .4rem !important; font-size: .84rem !important; }
   #why th, #why td { padding: .35rem .3rem; font-size: .78rem; }

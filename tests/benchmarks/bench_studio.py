@@ -60,7 +60,7 @@ def main() -> None:
         try:
             page = Page(server.stdout.readline().split()[2])
             table.add_row("from the command to the page", f"{time.monotonic() - began:.1f} s")
-            page.fire("find", "fox", MULTILINGUAL, "dense", session="first")
+            page.fire("find", "fox", MULTILINGUAL, "hybrid", session="first")
             table.add_row("from the command to the first neighbours", f"{time.monotonic() - began:.1f} s")
             draw(page, "first")
             table.add_row("from the command to the first picture", f"{time.monotonic() - began:.1f} s")
@@ -71,7 +71,7 @@ def main() -> None:
             for _ in range(options.queries):
                 text = " ".join(rng.choice(WORDS, 4))
                 began = time.monotonic()
-                page.fire("find", text, MULTILINGUAL, "dense", session="typing")
+                page.fire("find", text, MULTILINGUAL, "hybrid", session="typing")
                 took.append(time.monotonic() - began)
             table.add_row("neighbours while typing, p50", f"{1000 * np.percentile(took, 50):.0f} ms")
             table.add_row("neighbours while typing, p95", f"{1000 * np.percentile(took, 95):.0f} ms")
