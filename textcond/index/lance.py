@@ -181,7 +181,7 @@ class LanceStore:
             return self._found(query, "_score", limit, where, vectors)
 
         with self._told("read"):
-            return first_of_equal(search, k)
+            return first_of_equal(search, k, common=True)
 
     def _found(self, query: Any, score: str, k: int, where: str | None, vectors: bool) -> list[tuple[Row, float]]:
         if where:

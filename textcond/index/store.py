@@ -121,19 +121,20 @@ def check_ids(ids: Sequence[str]) -> None:
 
 
 def first_of_equal(
-    search: Callable[[int], list[tuple[Row, float]]], k: int, most: int | None = None
+    search: Callable[[int], list[tuple[Row, float]]], k: int, most: int | None = None, *, common: bool = False
 ) -> list[tuple[Row, float]]:
     """Return the k best rows of `search(limit)`, equal scores in the order of ids.
 
     A database cuts its answer without a look at ids. Where the next row is as good as the k-th, the first ids are
-    chosen among 4k rows (at least 100; at most `most`); of more equal rows than that, the database chooses.
+    chosen among 4k rows (at least 100; at most `most`); of more equal rows than that, the database chooses. Where equal
+    scores are `common`, as those of words are, so many are asked for at once.
     """
 
     def found(limit: int) -> list[tuple[Row, float]]:
         rows = search(limit if most is None else min(limit, most))
         return sorted(rows, key=lambda pair: (-pair[1], pair[0].id))
 
-    rows = found(k + 1)
-    if len(rows) > k and rows[k - 1][1] == rows[k][1]:
+    rows = found(max(4 * k, 100) if common else k + 1)
+    if not common and len(rows) > k and rows[k - 1][1] == rows[k][1]:
         rows = found(max(4 * k, 100))
     return rows[:k]
