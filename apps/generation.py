@@ -113,7 +113,7 @@ def default_size(pipe: DiffusionPipeline) -> int:
         ValueError: the pipeline does not tell.
     """
     try:
-        return pipe.unet.config.sample_size * pipe.vae_scale_factor
+        return int(pipe.unet.config.sample_size) * pipe.vae_scale_factor
     except (AttributeError, TypeError) as error:
         raise ValueError(f"{type(pipe).__name__} has no size of its own: pass both width and height") from error
 

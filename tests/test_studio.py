@@ -379,6 +379,16 @@ def test_a_picture_that_nobody_waits_for_any_more_leaves_the_line(page, client, 
     _until(lambda: not studio.line.places)
 
 
+def test_who_finds_does_not_wait_for_those_who_draw(client, studio):
+    jobs = [client.submit("a fox", steps=60, api_name="/generate") for _ in range(12)]
+    _until(lambda: len(studio.line.places) == len(jobs))
+    assert client.submit("red fox", api_name="/search").result(timeout=20)
+    assert studio.line.places
+    for job in jobs:
+        job.cancel()
+    _until(lambda: not studio.line.places)
+
+
 def test_stop_ends_all_that_a_tab_began_and_nothing_of_another(studio):
     studio.prepare("one")
     with studio.stoppable("one") as first, studio.stoppable("grid-one") as grid:

@@ -1,7 +1,6 @@
 """The typed endpoints: for `gradio_client`, and as tools for language models over MCP."""
 
 # No `from __future__ import annotations` here: gradio reads the return types as they are.
-import asyncio
 import functools
 import inspect
 import secrets
@@ -10,6 +9,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import gradio as gr
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from gradio.data_classes import FileData
 
 from textcond.apps.errors import one_line
@@ -20,6 +21,7 @@ from .history import Made
 from .shared import MAX_GUIDANCE, MAX_PROMPT, MAX_SIZE, MAX_STEPS, MIN_SIZE, SEEDS, Studio, log
 
 MAX_RESULTS, MAX_TEXTS = 100, 256
+MAX_WAITING = 80
 
 
 def add_api(studio: Studio) -> None:
@@ -27,6 +29,8 @@ def add_api(studio: Studio) -> None:
     engine = studio.engine
     # All that is made through the API lies in one history, of which the last are kept; no page has its token.
     token = secrets.token_hex(16)
+    # Who stands in the line takes none of the threads that others find with.
+    waiting = CapacityLimiter(MAX_WAITING)
 
     @_told
     async def generate(
@@ -93,7 +97,7 @@ def add_api(studio: Studio) -> None:
             return made
 
         try:
-            made = await asyncio.to_thread(draw)
+            made = await run_sync(draw, abandon_on_cancel=True, limiter=waiting)
         finally:  # also if who asked takes it back
             stop.set()
         # One output: of several, gradio's MCP server makes one text, and the picture is not seen.
@@ -119,7 +123,7 @@ def add_api(studio: Studio) -> None:
             raise ValueError("the query is empty: pass the words to look for")
         _check("k", k, 1, MAX_RESULTS, int)
         _check_encoder(studio, encoder)
-        hits = await asyncio.to_thread(lambda: engine.finder(encoder).search(query, k, mode))
+        hits = await run_sync(lambda: engine.finder(encoder).search(query, k, mode))
         return [
             {"id": str(hit.id), "score": float(hit.score), "text": hit.text, "metadata": hit.metadata} for hit in hits
         ]
@@ -145,9 +149,9 @@ def add_api(studio: Studio) -> None:
             _check_text("a text", text, 0)
         _check("length of all texts", sum(map(len, texts)), 0, MAX_PROMPT)
         _check_encoder(studio, encoder)
-        return await asyncio.to_thread(lambda: engine.finder(encoder).encoder.encode(texts, kind=kind).tolist())
+        return await run_sync(lambda: engine.finder(encoder).encoder.encode(texts, kind=kind).tolist())
 
-    gr.api(generate, api_name="generate", concurrency_limit=80, concurrency_id="draw")
+    gr.api(generate, api_name="generate", concurrency_limit=MAX_WAITING, concurrency_id="draw")
     gr.api(search, api_name="search", concurrency_limit=4)
     gr.api(embed, api_name="embed", concurrency_limit=2)
 
