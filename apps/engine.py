@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel
 
-    from textcond import Hit, PromptIndex, TextEncoder
+    from textcond import PromptIndex, TextEncoder
     from textcond.pipelines import Contract
 
 KEPT_ENCODERS = 4
@@ -224,15 +224,17 @@ class Engine:
                     finder.add(parameters.prompt, metadata, image)
         return len(stored)
 
-    def retrieved(self, parameters: Parameters, k: int = 5) -> tuple[Parameters, list[Hit]]:
-        """Look up what `parameters.retrieval` asks for, a mode and a strength, and fill it in.
+    def retrieved(self, parameters: Parameters, k: int = 5) -> Parameters:
+        """Look up what `parameters.retrieval` asks for, a mode and a strength or nothing, and fill it in.
 
         Returns:
-            The parameters with the neighbours, and in the mode "expand" with the longer prompt; and the rows.
+            The parameters with the neighbours, and in the mode "expand" with the longer prompt.
 
         Raises:
             ValueError: an unknown mode or strength, or a pipeline of a family that is not supported.
         """
+        if not parameters.retrieval:
+            return parameters
         import_libraries()
         from textcond.pipelines.retrieval import MODES, expand, suggest
 
@@ -248,7 +250,7 @@ class Engine:
             filled["prompt"] = prompt
             with self._conditioned(parameters.encoder) as pipe:
                 prompt = expand(pipe, prompt, hits, strength)
-        return replace(parameters, prompt=prompt, retrieval=filled), hits
+        return replace(parameters, prompt=prompt, retrieval=filled)
 
     def can_find(self, encoder: str) -> bool:
         """Whether `finder` answers at once."""

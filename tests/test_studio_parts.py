@@ -23,6 +23,7 @@ from textcond.apps.studio.links import LONGEST, link, read_link
 from textcond.apps.studio.models import loading
 from textcond.apps.studio.pictures import check_picture
 from textcond.apps.studio.snippet import snippet
+from textcond.pipelines.retrieval import suggest
 
 MADE = Parameters(
     "ein roter Fuchs, «flat» & 100% 🦊",
@@ -70,8 +71,10 @@ def test_a_link_asks_for_the_neighbours_again():
 
 def test_neighbours_change_the_picture_and_what_they_were_is_kept(engine, tmp_path):
     plain = _job(engine, prompt="fox")
-    blended, hits = engine.retrieved(replace(plain, retrieval={"mode": "blend", "strength": 0.4}))
-    assert [text for text, _ in blended.retrieval["neighbours"]] == [hit.text for hit in hits]
+    assert engine.retrieved(plain) == plain
+    blended = engine.retrieved(replace(plain, retrieval={"mode": "blend", "strength": 0.4}))
+    hits = suggest(engine.finder(plain.encoder).index, "fox", 5)
+    assert blended.retrieval["neighbours"] == [[hit.text, hit.score] for hit in hits]
     *_, without = _draw(engine, tmp_path, plain)
     *_, with_them = _draw(engine, tmp_path, blended)
     assert (np.asarray(Image.open(without.path)) != np.asarray(Image.open(with_them.path))).any()
@@ -114,8 +117,8 @@ def test_the_snippet_makes_the_same_picture_bit_by_bit(engine, demo, tmp_path, m
         retrieval={"mode": mode, "strength": 0.5} if mode else {},
     )
     if mode:
-        job, hits = engine.retrieved(job)
-        assert hits
+        job = engine.retrieved(job)
+        assert job.retrieval["neighbours"]
     *_, made = _draw(engine, tmp_path, job)
     monkeypatch.chdir(tmp_path)
     exec(snippet(made.parameters), {})

@@ -92,8 +92,7 @@ def add_api(studio: Studio) -> None:
         stop = threading.Event()
 
         def draw() -> Made:
-            wanted = engine.retrieved(parameters)[0] if parameters.retrieval else parameters
-            *_, made = drawing(engine, [wanted], studio.history(token), stop, studio.line)
+            *_, made = drawing(engine, [engine.retrieved(parameters)], studio.history(token), stop, studio.line)
             return made
 
         try:

@@ -115,8 +115,7 @@ def compare_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
                         raise Stopped
                     reads.append(engine.read(first.prompt, name))
                 made: list[Made] = []
-                jobs = [replace(first, encoder=name) for name in chosen]
-                jobs = [engine.retrieved(job)[0] if job.retrieval else job for job in jobs]
+                jobs = [engine.retrieved(replace(first, encoder=name)) for name in chosen]
                 for event in drawing(engine, jobs, studio.history(visitor), signal, studio.line):
                     if isinstance(event, Made):
                         made.append(event)

@@ -172,9 +172,8 @@ def draw_tab(studio: Studio, page: gr.Blocks) -> DrawTab:
         with studio.stoppable(request.session_hash) as signal:
             try:
                 first = read(studio, values, secrets.randbelow(SEEDS) if another else None)
-                if first.retrieval:
-                    first, _ = engine.retrieved(first)
-                    yield {side.used: markup.used(first)}
+                first = engine.retrieved(first)
+                yield {side.used: markup.used(first)}
                 jobs = several(first, int(count))
                 for event in drawing(engine, jobs, history, signal, studio.line):
                     if isinstance(event, Made):

@@ -71,7 +71,7 @@ def grid_tab(studio: Studio, drawn: DrawTab, tab: gr.Tab) -> None:
             try:
                 sides = read_axis(across, columns, studio), read_axis(down, rows, studio)
                 jobs = cells(replace(read(studio, values), prompt=text or ""), *sides)
-                jobs = [engine.retrieved(job)[0] if job.retrieval else job for job in jobs]
+                jobs = [engine.retrieved(job) for job in jobs]
                 labels = [side.labels() for side in sides]
                 made: list[Made] = []
                 yield {view: grid_value(*labels, []), pictures: []}
