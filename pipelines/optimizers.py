@@ -32,9 +32,13 @@ class MuonAdamW:
             self.matrices.append((parameter, flat))
         self.parameters = [*(parameter for parameter, _ in self.matrices), *rest]
         flats = [flat for _, flat in self.matrices]
-        muon = torch.optim.Muon(flats, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        adam = torch.optim.AdamW(rest, lr=adam_rate, weight_decay=0.0, betas=(0.9, 0.98))
-        self.optimizers = [(muon, learning_rate), (adam, adam_rate)]
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = []
+        if flats:
+            muon = torch.optim.Muon(flats, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.optimizers.append((muon, learning_rate))
+        if rest:
+            adam = torch.optim.AdamW(rest, lr=adam_rate, weight_decay=0.0, betas=(0.9, 0.98))
+            self.optimizers.append((adam, adam_rate))
 
     def set_rate(self, factor: float) -> None:
         """Scale both learning rates by the schedule's factor."""

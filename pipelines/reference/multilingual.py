@@ -13,18 +13,16 @@ import itertools
 import json
 import math
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
-from tokenizers.models import Unigram
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, ElectraConfig, ElectraModel, PreTrainedTokenizerFast
 
@@ -44,9 +42,9 @@ from .build import build_index
 from .data import COLOURS, STYLES, Concept, ReferenceData, caption, is_held_out, is_held_out_concept, read_concepts
 from .image_tower import TowerRecipe, train_image_tower
 from .phrases import ALIGNED, WITHHELD, build_phrases, digest, foreign_caption, key, read_phrases, reworded, spellings
+from .vocabulary import SPECIAL, spelled_characters, train_vocabulary, with_characters
 
 STAGES = ("phrases", "vocabulary", "teacher", "distil", "finetune", "align", "pictures", "ship")
-SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the order of XLM-R
 TEACHER_BLOCK = 4096
 MOST_ADDED = 80  # words, with which a caption is as long as the student reads
 
@@ -96,75 +94,6 @@ def teacher_vectors(phrases: Path, teacher: str | Path, out: Path, *, kind: str 
             write_mark(mark, claim | {"done": done})
             bar.update(len(block))
     return file
-
-
-# -- vocabulary ------------------------------------------------------------------------------------------------------
-
-
-def train_vocabulary(
-    phrases: Path, out: Path, size: int, *, max_length: int = 128, least: int = 8, texts: int = 150_000
-) -> Path:
-    """Learn a unigram vocabulary of lower-cased pieces (Kudo, 2018) and save a tokenizer folder.
-
-    It reads the first `texts` texts of other languages than English and a third as many English ones, so that English
-    does not take more than its share. Characters that come fewer than `least` times are spelled in bytes, as in Llama.
-
-    Raises:
-        ValueError: a size that leaves no piece beside the special tokens and the bytes.
-    """
-    byte_pieces = [f"<0x{value:02X}>" for value in range(256)]
-    pieces = size - len(SPECIAL) - len(byte_pieces)
-    if pieces < 1:
-        raise ValueError(f"a vocabulary of {size} is taken up by {size - pieces} special tokens and bytes: raise it")
-    normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-    )
-    read = [normalizer.normalize_str(text) for text in _vocabulary_texts(phrases, texts)]
-    count = Counter(itertools.chain.from_iterable(read))
-    rare = {character: " " for character, times in count.items() if times < least}
-    table = str.maketrans(rare)
-    learner = Tokenizer(Unigram())
-    # Without spaces between words, the commas of captions would else be inside of pieces.
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always"), pre_tokenizers.Punctuation()]
-    )
-    trainer = trainers.UnigramTrainer(
-        vocab_size=pieces, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
-    )
-    learner.train_from_iterator((text.translate(table) for text in read), trainer)
-    learned = [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"] if piece != "<unk>"]
-    worst = min(score for _, score in learned)
-    vocabulary = [(token, 0.0) for token in SPECIAL] + learned + [(piece, worst - 10.0) for piece in byte_pieces]
-    backend = Tokenizer(Unigram(vocabulary, unk_id=SPECIAL.index("<unk>"), byte_fallback=True))
-    backend.normalizer, backend.pre_tokenizer = normalizer, learner.pre_tokenizer
-    backend.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="always")]
-    )
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        pair="<s> $A </s> </s> $B </s>",
-        special_tokens=[(token, SPECIAL.index(token)) for token in ("<s>", "</s>")],
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        cls_token="<s>",
-        eos_token="</s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        model_max_length=max_length,
-    )
-    with atomic_folder(out, owned=("*",)) as folder:
-        tokenizer.save_pretrained(folder)
-    return out
-
-
-def _vocabulary_texts(phrases: Path, texts: int) -> Iterator[str]:
-    """The English third, then the others: each side of the file is read in its order."""
-    lines = list(read_phrases(phrases / "distil.txt"))
-    yield from itertools.islice((english for english, _ in lines), texts // 3)
-    yield from itertools.islice((other for _, other in lines if other is not None), texts)
 
 
 # -- student ---------------------------------------------------------------------------------------------------------
@@ -304,13 +233,14 @@ class DistilBatches:
     """Lines of `distil.txt`, with the teacher's vectors of their English sides, the mean of all taken away.
 
     The teacher's cosines lie between 0.7 and 1, for all vectors share a direction that tells nothing; without it, and
-    of unit length again, they use the whole range.
+    of unit length again, they use the whole range. A student's own vectors have none such: `centred` leaves them.
     """
 
-    def __init__(self, phrases: Path, vectors: Path, recipe: DistilRecipe):
+    def __init__(self, phrases: Path, vectors: Path, recipe: DistilRecipe, *, centred: bool = False):
         self.recipe = recipe
         self.vectors = np.load(vectors, mmap_mode="r")
-        self.mean = self.vectors.mean(0, dtype=np.float64).astype(np.float32)
+        mean = 0 if centred else self.vectors.mean(0, dtype=np.float64)
+        self.mean = np.broadcast_to(mean, self.vectors.shape[1]).astype(np.float32)
         rows: dict[str, int] = {}
         self.lines, self.words = (
             [(rows.setdefault(english, len(rows)), english, other) for english, other in read_phrases(phrases / name)]
@@ -355,8 +285,8 @@ class DistilBatches:
 
 def distil(
     student: TextEncoder, batches: DistilBatches, out: Path, recipe: DistilRecipe, accelerator: Accelerator
-) -> Path:
-    """Draw the student's vectors of both languages to the teacher's of the English side; save `out/encoder`.
+) -> None:
+    """Draw the student's vectors of both languages to the teacher's of the English side.
 
     Mean squared error (Reimers and Gurevych, 2020) places a vector, InfoNCE against the teacher's vectors of other
     texts tells it from its neighbours.
@@ -391,10 +321,64 @@ def distil(
         accelerator=accelerator,
     )
     module.load_state_dict(weights)
+    student.eval()
+
+
+# -- more characters -------------------------------------------------------------------------------------------------
+
+
+class _Grown(nn.Module):
+    """A table of embeddings of which the last rows alone are trained."""
+
+    def __init__(self, table: Tensor):
+        super().__init__()
+        self.register_buffer("table", table)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.cat([self.table, rows])
+
+
+def add_characters(
+    start: Path, phrases: Path, teacher: str | Path, out: Path, recipe: MultilingualRecipe, accelerator: Accelerator
+) -> None:
+    """Give an encoder pieces for the commonest characters that it spells in bytes, and save it as `out/encoder`.
+
+    A new embedding starts from the teacher's, by the linear map that fits the pieces that both vocabularies have. Then
+    the new ones alone are trained: what is said with them is to get the vector that the encoder itself has of the
+    English side. All texts without them are read as before.
+    """
+    encoder = ConditioningEncoder.from_pretrained(start, dtype=torch.float32)
+    old = encoder.tokenizer
+    added = spelled_characters(phrases, old, recipe.characters)
+    encoder.tokenizer = with_characters(old, added)
+    table = encoder.backbone.get_input_embeddings().weight.detach()
+    read = TextEncoder.from_pretrained(teacher)
+    with torch.no_grad():
+        pieces = _piece_embeddings(encoder.tokenizer, read)
+    known = read.tokenizer.get_vocab()
+    shared = [place for piece, place in old.get_vocab().items() if piece in known]
+    pieces = torch.cat([pieces, torch.ones(len(pieces), 1)], 1)
+    rows = pieces[len(old) :] @ torch.linalg.lstsq(pieces[shared], table[shared]).solution
+    work, normalizer = out / "characters", old.backend_tokenizer.normalizer
+    if not (work / "distil.txt").is_file():
+        with atomic_folder(work, owned=("*.txt",)) as folder:
+            (folder / "words.txt").touch()
+            with (folder / "distil.txt").open("w", encoding="utf-8") as file:
+                for english, other in read_phrases(phrases / "distil.txt"):
+                    if other and set(added).intersection(normalizer.normalize_str(other)):
+                        file.write(f"{english}\t{other}\n")
+    vectors = teacher_vectors(work, start, work / "vectors")
+    encoder.backbone.resize_token_embeddings(len(encoder.tokenizer), mean_resizing=False)
+    encoder.backbone.requires_grad_(False)
+    embeddings = encoder.backbone.get_input_embeddings()
+    parametrize.register_parametrization(embeddings, "weight", _Grown(table), unsafe=True)
+    embeddings.parametrizations.weight.original = nn.Parameter(rows)
+    options = replace(recipe.distil, steps=recipe.character_steps, other=1.0, words=0.0, adam_rate=1e-2)
+    distil(encoder.text_encoder, DistilBatches(work, vectors, options, centred=True), work, options, accelerator)
+    parametrize.remove_parametrizations(embeddings, "weight")
     if accelerator.is_main_process:
-        student.eval().save_pretrained(out / "encoder")
+        encoder.save_pretrained(out / "encoder")
     accelerator.wait_for_everyone()
-    return out / "encoder"
 
 
 # -- fine-tuning -----------------------------------------------------------------------------------------------------
@@ -606,9 +590,17 @@ def modified(text: str, modifiers: Sequence[str], rng: np.random.Generator) -> s
 
 @dataclass
 class MultilingualRecipe:
-    """The options of every stage."""
+    """The options of every stage.
+
+    Attributes:
+        vocabulary: pieces that are learned.
+        characters: that become pieces beyond those.
+        character_steps: in which an encoder that goes on learns its new ones.
+    """
 
     vocabulary: int = 20_000
+    characters: int = 4_000
+    character_steps: int = 400
     student: StudentRecipe = field(default_factory=StudentRecipe)
     distil: DistilRecipe = field(default_factory=DistilRecipe)
     finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
@@ -638,7 +630,8 @@ def build_multilingual(
         packages: for stage "phrases", see `build_phrases`.
         data: for stages "phrases", "align", "pictures" and "ship", the reference data.
         start: an encoder that an earlier run shipped, to train on: its vocabulary, layers, bridge and image tower are
-            kept, and stage "vocabulary" is not needed. None starts from the teacher's layers and a new bridge.
+            kept, and none of the stages before "pictures" is needed; "vocabulary" gives it more characters, see
+            `add_characters`. None starts from the teacher's layers and a new bridge.
         pipeline: for stage "align", what the encoder is to condition; None for the reference model.
         recipe: the options.
 
@@ -654,17 +647,26 @@ def build_multilingual(
         raise ValueError(f"stage {min(reading)} reads the reference data: pass data=")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     vocabulary, vectors, distilled = out / "vocabulary", out / "teacher", out / "distil"
+    tower_before = Path(start or REFERENCE / "text_encoder")
     with accelerator.main_process_first():
         if "phrases" in stages and not (phrases / "words.txt").is_file():  # which older folders have not
             if packages is None:
                 raise ValueError("stage phrases reads packages: pass packages=")
             build_phrases(phrases, packages=packages, data=data)
-        if "vocabulary" in stages and start is None and not vocabulary.is_dir():
+        if "vocabulary" in stages:
             _need(phrases / "distil.txt", "phrases")
-            train_vocabulary(phrases, vocabulary, recipe.vocabulary, max_length=recipe.student.max_length)
+        if "vocabulary" in stages and start is None and not vocabulary.is_dir():
+            train_vocabulary(
+                phrases, vocabulary, recipe.vocabulary, characters=recipe.characters,
+                max_length=recipe.student.max_length,
+            )  # fmt: skip
         if "teacher" in stages:
             _need(phrases / "distil.txt", "phrases")
             teacher_vectors(phrases, teacher, vectors)
+    if "vocabulary" in stages and start is not None and not (vocabulary / "encoder").is_dir():
+        add_characters(Path(start), phrases, teacher, vocabulary, recipe, accelerator)
+    if (vocabulary / "encoder").is_dir():
+        start = vocabulary / "encoder"
     if "distil" in stages and not (distilled / "encoder").is_dir():
         if start is None:
             _need(vocabulary, "vocabulary")
@@ -680,29 +682,37 @@ def build_multilingual(
             student = TextEncoder.from_pretrained(start, dtype=torch.float32)
         batches = DistilBatches(phrases, vectors / "vectors.npy", recipe.distil)
         distil(student, batches, distilled, recipe.distil, accelerator)
+        if accelerator.is_main_process:
+            student.save_pretrained(distilled / "encoder")
+        accelerator.wait_for_everyone()
     if "finetune" in stages and not (out / "finetune" / "encoder").is_dir():
         _need(distilled / "encoder", "distil")
         finetune(distilled / "encoder", phrases, out / "finetune", recipe.finetune)
     if "align" in stages and not (out / "aligned" / "alignment.json").is_file():
-        _need(out / "finetune" / "encoder", "finetune")
+        tuned = out / "finetune" / "encoder"
+        if start is None:
+            _need(tuned, "finetune")
         concepts = read_concepts(data)
         lines = alignment_prompts(phrases, concepts, recipe.align)
         held_out = held_out_captions(lines, concepts[: recipe.align.concepts], recipe.align.options.held_out)
-        tuned = TextEncoder.from_pretrained(out / "finetune" / "encoder")
+        encoder = None
+        if tuned.is_dir():
+            encoder = TextEncoder.from_pretrained(tuned)
         if start is not None:
             begun = ConditioningEncoder.from_pretrained(start, dtype=torch.float32)
-            begun.backbone.load_state_dict(tuned.backbone.state_dict())
-            tuned = begun
+            if encoder is not None:
+                begun.backbone.load_state_dict(encoder.backbone.state_dict())
+            encoder = begun
         with (phrases / "distil.txt").open(encoding="utf-8") as file:
             anchors = list(itertools.islice(file, recipe.align.anchors))
         align(
-            pipeline or load_reference(), tuned, lines, out / "aligned", recipe.align.options,
+            pipeline or load_reference(), encoder, lines, out / "aligned", recipe.align.options,
             held_out=held_out, anchors=anchors,
         )  # fmt: skip
     if "pictures" in stages and not (out / "pictures" / IMAGE_FOLDER).is_dir():
         _need(out / "aligned" / "alignment.json", "align")
         drawings, encoder = ReferenceData.load(data), TextEncoder.from_pretrained(out / "aligned")
-        tower = load_image_tower(Path(start or REFERENCE / "text_encoder"))
+        tower = load_image_tower(tower_before)
         tower = train_image_tower(
             encoder, tower, drawings, out / "pictures", indexed(drawings), recipe.pictures, accelerator
         )
@@ -733,6 +743,9 @@ def ship(aligned: Path, tower: Path, out: Path) -> None:
             for file in sorted(source.iterdir()):
                 if file.suffix == ".safetensors":
                     write_tensors(target / file.name, half(read_tensors(file)))
+                elif file.name == "tokenizer.json":  # without its spaces half as large
+                    small = json.dumps(read_json(file), ensure_ascii=False, separators=(",", ":"))
+                    (target / file.name).write_text(small, encoding="utf-8")
                 elif file.is_file() and file.name != "alignment.json":
                     shutil.copy(file, target / file.name)
 

@@ -103,9 +103,20 @@ def foreign_caption(name: str, language: str, style: str | None = None, colour: 
     return text + (colour_clause.format(_colour_in(language, colour)) if colour else "")
 
 
-def _colour_in(language: str, colour: str) -> str:
-    return CAPTIONS[language][2].split()[list(COLOURS).index(colour)].replace("_", " ")
+def _colour_in(language: str, colour: str, colours: str | None = None) -> str:
+    colours = colours or CAPTIONS[language][2]
+    return colours.split()[list(COLOURS).index(colour)].replace("_", " ")
 
+
+# The colours by themselves, where the clause asks for another form.
+PLAIN_COLOURS = {
+    "ja": "白 赤 オレンジ 黄色 緑 青 紫 ピンク 茶色 灰色 黒",
+    "de": "weiß rot orange gelb grün blau lila rosa braun grau schwarz",
+    "ru": "белый красный оранжевый жёлтый зелёный синий фиолетовый розовый коричневый серый чёрный",
+    "ar": "أبيض أحمر برتقالي أصفر أخضر أزرق بنفسجي وردي بني رمادي أسود",
+    "hi": "सफ़ेद लाल नारंगी पीला हरा नीला बैंगनी गुलाबी भूरा धूसर काला",
+    "pl": "biały czerwony pomarańczowy żółty zielony niebieski fioletowy różowy brązowy szary czarny",
+}
 
 # Other ways to say a caption; of what stands between bars, a part whose field has no value is left out.
 REWORDED: dict[str, tuple[str, ...]] = {
@@ -115,90 +126,125 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "a picture of {name}| in {style} style| with {colour} background",
         "draw {name}| on {colour}|, as {style} would",
         "could you paint {name}| the way {style} does it|, with {colour} all around it",
+        "{name}| in the {style} look|, {colour} backdrop",
+        "please make {name}|, {style} design|, and let the background be {colour}",
+        "{style}: |{name}|, surrounded by {colour}",
+        "an icon of {name}|, as from {style}|, the background should be {colour}",
     ),
     "ja": (
         "{colour}背景の|{style}スタイルの|{name}",
         "{style}風の|{name}|、{colour}背景で",
         "{name}の絵|、{colour}背景|、{style}風",
         "{colour}背景で|{name}をお願いします|、{style}みたいに",
+        "{name}を作って|、{style}っぽく|、背景色は{plain}",
+        "背景を{plain}にした|{name}|、{style}",
+        "{style}の雰囲気で|{name}|、まわりは{plain}",
     ),
     "de": (
         "{name}| mit {colour} Hintergrund| im Stil von {style}",
         "ein Bild: {name}| im {style}-Stil| auf {colour} Hintergrund",
         "auf {colour} Hintergrund: |{name}|, {style}",
         "kannst du {name} zeichnen|, so wie {style}|, und auf {colour} Hintergrund",
+        "mach mir {name}|, Stil {style}|, der Hintergrund soll {plain} sein",
+        "{name}|, {style}|, alles drumherum {plain}",
+        "{plain} als Hintergrundfarbe, |{name}|, wie {style}",
     ),
     "fr": (
         "{name}| avec un fond {colour}| dans le style de {style}",
         "une image : {name}|, style {style}|, fond {colour}",
         "sur fond {colour}, |{name}|, {style}",
         "peux-tu dessiner {name}| à la manière de {style}| avec un fond {colour}",
+        "fais-moi {name}|, façon {style}|, le fond doit être {plain}",
+        "{plain} tout autour, |{name}|, comme {style}",
     ),
     "es": (
         "{name}| con fondo {colour}| al estilo de {style}",
         "una imagen: {name}|, estilo {style}|, fondo {colour}",
         "sobre fondo {colour}, |{name}|, {style}",
         "dibuja por favor {name}| como lo haría {style}| con el fondo {colour}",
+        "hazme {name}|, tipo {style}|, que el fondo sea {plain}",
+        "todo {plain} alrededor, |{name}|, como {style}",
     ),
     "pt": (
         "{name}| com fundo {colour}| no estilo de {style}",
         "uma imagem: {name}|, estilo {style}|, fundo {colour}",
         "em fundo {colour}, |{name}|, {style}",
         "desenhe por favor {name}| como {style} faria| com o fundo {colour}",
+        "faça {name}|, tipo {style}|, o fundo deve ser {plain}",
+        "tudo {plain} em volta, |{name}|, como {style}",
     ),
     "zh": (
         "{colour}背景的|{style}风格|{name}",
         "{style}风格的|{name}|,背景是{colour}",
         "一张{name}的图|,{colour}背景|,{style}",
         "帮我做一个{name}|,风格要{style}|,底色是{colour}",
+        "我要一个{name}|,{style}的样式|,周围都是{plain}",
+        "{plain}底,|{name}|,{style}",
+        "{name}图标|,{style}设计|,背景颜色是{plain}",
     ),
     "ru": (
         "{name}| в стиле {style}| на {colour} фоне",
         "картинка: {name}|, на {colour} фоне|, {style}",
         "на {colour} фоне |{name}|, в стиле {style}",
         "нарисуй, пожалуйста, {name}|, как {style}|, и всё это на {colour} фоне",
+        "сделай {name}|, в духе {style}|, цвет фона {plain}",
+        "{name}|, {style}|, фон {plain}",
     ),
     "ar": (
         "{name}| على خلفية {colour}| بأسلوب {style}",
         "صورة {name}|، أسلوب {style}|، خلفية {colour}",
         "على خلفية {colour} |{name}|، {style}",
         "أريد {name}| كما في {style}|، مع خلفية {colour}",
+        "رمز {name}|، تصميم {style}|، لون الخلفية {plain}",
+        "اصنع لي {name}| على طراز {style}|، وحوله لون {plain}",
     ),
     "hi": (
         "{colour} पृष्ठभूमि पर |{style} शैली में |{name}",
         "{name} का चित्र|, {style} शैली|, {colour} पृष्ठभूमि",
         "{style} जैसा |{name}| {colour} पृष्ठभूमि पर",
         "कृपया {name} बनाइए|, {style} की तरह|, {colour} पृष्ठभूमि पर",
+        "{name} बना दो|, {style} के ढंग में|, पीछे का रंग {plain}",
+        "{name}|, {style}|, चारों ओर {plain}",
     ),
     "ko": (
         "{colour} 배경의 |{style} 스타일의 |{name}",
         "{style} 스타일로 |{name}|, 배경은 {colour}",
         "{name} 그림|, {colour} 배경|, {style}",
         "{colour} 배경으로 |{name} 그려 주세요|, {style}처럼",
+        "{name} 만들어 줘|, {style} 느낌으로|, 배경색은 {plain}",
+        "{plain} 바탕에 |{name}|, {style}",
     ),
     "it": (
         "{name}| con sfondo {colour}| nello stile di {style}",
         "un'immagine: {name}|, stile {style}|, sfondo {colour}",
         "su sfondo {colour}, |{name}|, {style}",
         "disegna per favore {name}| come farebbe {style}| con lo sfondo {colour}",
+        "fammi {name}|, tipo {style}|, lo sfondo deve essere {plain}",
+        "tutto {plain} intorno, |{name}|, come {style}",
     ),
     "tr": (
         "{colour} arka planlı |{style} tarzında |{name}",
         "{style} gibi |{name}|, arka plan {colour}",
         "{name} resmi|, {colour} arka plan|, {style}",
         "lütfen {name} çiz|, {style} gibi|, {colour} arka planla",
+        "bana {name} yap|, {style} havasında|, arka plan rengi {plain} olsun",
+        "{plain} zeminde |{name}|, {style}",
     ),
     "pl": (
         "{name}| z {colour} tłem| w stylu {style}",
         "obrazek: {name}|, styl {style}|, na {colour} tle",
         "na {colour} tle |{name}|, {style}",
         "narysuj, proszę, {name}| tak jak {style}|, na {colour} tle",
+        "zrób {name}|, na modłę {style}|, kolor tła {plain}",
+        "{name}|, {style}|, kolorem tła jest {plain}",
     ),
     "vi": (
         "{name}| trên nền {colour}| theo phong cách {style}",
         "hình {name}|, kiểu {style}|, nền {colour}",
         "nền {colour}, |{name}|, {style}",
         "hãy vẽ {name}| giống {style}|, với nền {colour}",
+        "làm cho tôi {name}|, kiểu dáng {style}|, màu nền là {plain}",
+        "{name}|, {style}|, xung quanh toàn màu {plain}",
     ),
 }
 
@@ -218,11 +264,14 @@ def spellings(name: str, language: str) -> list[str]:
 
 def reworded(name: str, language: str, style: str | None, colour: str | None, rng: np.random.Generator) -> str:
     """A caption in another wording or order, drawn from those of its language in `REWORDED`."""
+    plain = colour
     if colour and language != "en":
+        plain = _colour_in(language, colour, PLAIN_COLOURS.get(language))
         colour = _colour_in(language, colour)
+    values = {"name": name, "style": style, "colour": colour, "plain": plain}
     parts = str(rng.choice(REWORDED[language])).split("|")
-    said = [part for part in parts if (style or "{style}" not in part) and (colour or "{colour}" not in part)]
-    return "".join(said).format(name=name, style=style, colour=colour).strip(" ,、،")
+    said = [part for part in parts if all(value or f"{{{field}}}" not in part for field, value in values.items())]
+    return "".join(said).format(**values).strip(" ,:、،")
 
 
 # -- sources ---------------------------------------------------------------------------------------------------------
