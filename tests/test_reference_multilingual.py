@@ -581,6 +581,9 @@ def test_an_encoder_learns_new_characters_and_reads_the_rest_as_before(built, te
     build_multilingual(tmp_path / "out", ["align"], start=tmp_path / "start", **options)
     aligned = ConditioningEncoder.from_pretrained(out / "aligned")
     assert aligned.tokenizer.tokenize("甲") == ["▁", "甲"]
+    options["recipe"] = replace(recipe, vocabulary=len(before.tokenizer))
+    on = build_multilingual(tmp_path / "on", ["vocabulary"], start=out / "aligned", **options)
+    assert not (on / "vocabulary").exists()
 
 
 def test_held_out_names_are_asked_among_all_names(built):

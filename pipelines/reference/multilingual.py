@@ -345,11 +345,14 @@ def add_characters(
 
     A new embedding starts from the teacher's, by the linear map that fits the pieces that both vocabularies have. Then
     the new ones alone are trained: what is said with them is to get the vector that the encoder itself has of the
-    English side. All texts without them are read as before.
+    English side. All texts without them are read as before. An encoder of more than `recipe.vocabulary` pieces has been
+    given its own, and nothing is saved.
     """
     encoder = ConditioningEncoder.from_pretrained(start, dtype=torch.float32)
     old = encoder.tokenizer
-    added = spelled_characters(phrases, old, recipe.characters)
+    added = spelled_characters(phrases, old, recipe.characters) if len(old) <= recipe.vocabulary else []
+    if not added:
+        return
     encoder.tokenizer = with_characters(old, added)
     table = encoder.backbone.get_input_embeddings().weight.detach()
     read = TextEncoder.from_pretrained(teacher)
@@ -360,14 +363,15 @@ def add_characters(
     pieces = torch.cat([pieces, torch.ones(len(pieces), 1)], 1)
     rows = pieces[len(old) :] @ torch.linalg.lstsq(pieces[shared], table[shared]).solution
     work, normalizer = out / "characters", old.backend_tokenizer.normalizer
-    if not (work / "distil.txt").is_file():
-        with atomic_folder(work, owned=("*.txt",)) as folder:
-            (folder / "words.txt").touch()
-            with (folder / "distil.txt").open("w", encoding="utf-8") as file:
-                for english, other in read_phrases(phrases / "distil.txt"):
-                    if other and set(added).intersection(normalizer.normalize_str(other)):
-                        file.write(f"{english}\t{other}\n")
-    vectors = teacher_vectors(work, start, work / "vectors")
+    with accelerator.main_process_first():
+        if not (work / "distil.txt").is_file():
+            with atomic_folder(work, owned=("*.txt",)) as folder:
+                (folder / "words.txt").touch()
+                with (folder / "distil.txt").open("w", encoding="utf-8") as file:
+                    for english, other in read_phrases(phrases / "distil.txt"):
+                        if other and set(added).intersection(normalizer.normalize_str(other)):
+                            file.write(f"{english}\t{other}\n")
+        vectors = teacher_vectors(work, start, work / "vectors")
     encoder.backbone.resize_token_embeddings(len(encoder.tokenizer), mean_resizing=False)
     encoder.backbone.requires_grad_(False)
     embeddings = encoder.backbone.get_input_embeddings()
