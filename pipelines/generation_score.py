@@ -40,6 +40,7 @@ def generation_score(
         training, kept_out = training.split(min(chosen.held_out, len(training.teacher) // 2))
     else:
         kept_out = read_prompts(held_out)
+        training = training.without(kept_out.teacher)
 
     def score(encoder: TextEncoder) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:

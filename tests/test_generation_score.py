@@ -39,6 +39,11 @@ def test_an_encoder_that_reads_nothing_scores_less(score):
     assert sum(heard.values()) > sum(unheard.values())
 
 
+def test_held_out_prompts_are_not_trained_on():
+    with pytest.raises(ValueError, match="held"):
+        generation_score(tiny.stable_diffusion(), PROMPTS[:4], PROMPTS[:4])
+
+
 @pytest.fixture
 def recipe(tmp_path):
     tiny.text_encoder("bert").save_pretrained(tmp_path / "base")

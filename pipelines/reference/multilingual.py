@@ -634,7 +634,7 @@ def build_multilingual(
         packages: for stage "phrases", see `build_phrases`.
         data: for stages "phrases", "align", "pictures" and "ship", the reference data.
         start: an encoder that an earlier run shipped, to train on: its vocabulary, layers, bridge and image tower are
-            kept, and none of the stages before "pictures" is needed; "vocabulary" gives it more characters, see
+            kept, and it can be aligned without the stages before; "vocabulary" gives it more characters, see
             `add_characters`. None starts from the teacher's layers and a new bridge.
         pipeline: for stage "align", what the encoder is to condition; None for the reference model.
         recipe: the options.
@@ -699,14 +699,12 @@ def build_multilingual(
         concepts = read_concepts(data)
         lines = alignment_prompts(phrases, concepts, recipe.align)
         held_out = held_out_captions(lines, concepts[: recipe.align.concepts], recipe.align.options.held_out)
-        encoder = None
-        if tuned.is_dir():
+        if start is None:
             encoder = TextEncoder.from_pretrained(tuned)
-        if start is not None:
-            begun = ConditioningEncoder.from_pretrained(start, dtype=torch.float32)
-            if encoder is not None:
-                begun.backbone.load_state_dict(encoder.backbone.state_dict())
-            encoder = begun
+        else:
+            encoder = ConditioningEncoder.from_pretrained(start, dtype=torch.float32)
+            if tuned.is_dir():
+                encoder.backbone.load_state_dict(TextEncoder.from_pretrained(tuned).backbone.state_dict())
         with (phrases / "distil.txt").open(encoding="utf-8") as file:
             anchors = list(itertools.islice(file, recipe.align.anchors))
         align(

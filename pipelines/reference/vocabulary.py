@@ -1,7 +1,7 @@
 """The vocabulary of the multilingual encoder: pieces of words, and a piece for each of the commoner characters.
 
-A name of whose characters none has a piece is read byte by byte, and hardly learned: of what the denoiser draws, that
-was 118 of 300 names in Chinese and 101 in Korean.
+A character without a piece is read byte by byte, and hardly learned: without those, 118 of the 300 names of what the
+denoiser draws had such a one in Chinese, and 101 in Korean.
 """
 
 from __future__ import annotations
