@@ -43,7 +43,11 @@ def conditioning(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     controls: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="raw, random, shuffled, untranslated; all that apply if left out."),
+        typer.Option(
+            metavar="A,B",
+            help="raw, random, shuffled, untranslated; closed_form and tokens, of the first encoder after those steps "
+            "of its alignment; all that apply if left out.",
+        ),
     ] = None,
     backbone: Annotated[
         str | None,
@@ -58,6 +62,9 @@ def conditioning(
     """Draw the same prompts from the same latents under every encoder, and report what was kept and gained.
 
     Ctrl-C is safe: the same command goes on, from the pictures that are finished.
+
+    What a bridge of the same size makes of the pipeline's own encoder is one more control: align a folder with the
+    files of PIPELINE/text_encoder and of PIPELINE/tokenizer, and name it among the encoders.
     """
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="textcond: %(message)s")

@@ -60,10 +60,12 @@ def load_pipeline(
             does not fit.
     """
     import diffusers
+    from transformers import ClapModel
 
     import textcond  # noqa: F401  (a saved pipeline may name our classes, and diffusers imports nothing by name)
     from textcond.folders import check_safetensors
     from textcond.pipelines import swap_text_encoder
+    from textcond.pipelines.audio import mend_clap
 
     diffusers.utils.logging.disable_progress_bar()  # loading is short, and the caller shows its own
     tell = on_progress or (lambda share, what: None)
@@ -82,6 +84,8 @@ def load_pipeline(
         parts = _large_parts(folder, precision, tell)
         options = {"dtype": precision, "use_safetensors": True, "variant": _variant(folder.glob("*/*.safetensors"))}
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options, **parts)
+        if isinstance(pipe, diffusers.MusicLDMPipeline) and isinstance(pipe.text_encoder, ClapModel):
+            mend_clap(pipe)
         tell(1, f"moving to {place}")
         if fits(pipe, place):
             pipe.to(place)

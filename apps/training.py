@@ -188,13 +188,15 @@ def _generation(table: dict[str, Any] | None) -> Callable[[TextEncoder], dict[st
     from .loading import load_pipeline
 
     options = dict(table)
-    pipe = load_pipeline(options.pop("pipeline", REFERENCE), dtype="float32")
+    name = options.pop("pipeline", REFERENCE)
     try:
-        return generation_score(pipe, **options)
-    except TypeError as error:
-        raise ValueError(
-            f"evaluation.generation: {error}: give pipeline, prompts, held_out, options of align"
-        ) from error
+        if not isinstance(name, str):
+            raise ValueError(f"pipeline={name!r}: give a folder or a hub id")
+        if "prompts" not in options:
+            raise ValueError("there are no prompts to align on: give prompts, a text file with a prompt a line")
+        return generation_score(load_pipeline(name, dtype="float32"), **options)
+    except ValueError as error:
+        raise ValueError(f"evaluation.generation: {error}") from error
 
 
 def _weighted(text: str) -> tuple[str, float]:

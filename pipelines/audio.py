@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import (
@@ -31,12 +32,24 @@ Component = Callable[[str], Any]
 
 
 def _audioldm2(pipe: DiffusionPipeline, texts: list[str]) -> Conditioning:
-    embeds, mask, generated = pipe.encode_prompt(texts, pipe._execution_device, 1, False)
-    return {
-        "encoder_hidden_states": generated,
-        "encoder_hidden_states_1": embeds,
-        "encoder_attention_mask_1": mask,
-    }
+    # Its language model counts padding as places, so that a text would read otherwise beside a longer one: each goes
+    # with those of its own length, and all are padded to the same at the end.
+    tokenizer = pipe.tokenizer_2
+    longest = tokenizer.model_max_length
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=longest).input_ids]
+    rows: list[Conditioning | None] = [None] * len(texts)
+    for length in set(lengths):
+        places = [place for place, own in enumerate(lengths) if own == length]
+        embeds, mask, generated = pipe.encode_prompt([texts[i] for i in places], pipe._execution_device, 1, False)
+        padding = longest - embeds.shape[1]
+        embeds, mask = F.pad(embeds, (0, 0, 0, padding)), F.pad(mask, (0, padding))
+        for row, place in enumerate(places):
+            rows[place] = {
+                "encoder_hidden_states": generated[row],
+                "encoder_hidden_states_1": embeds[row],
+                "encoder_attention_mask_1": mask[row],
+            }
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _audioldm2_problems(pipe: DiffusionPipeline, component: Component) -> list[str]:
@@ -93,6 +106,7 @@ AUDIOLDM2 = Family(
         generated_prompt_embeds="encoder_hidden_states",
     ),
     alone=(),
+    even=False,
     problems=_audioldm2_problems,
 )
 

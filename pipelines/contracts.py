@@ -13,8 +13,8 @@ from textcond.conditioning import NO_LENGTH_LIMIT
 from textcond.encoder import position_capacity
 from textcond.original import PackedTokenizer
 
-from .denoisers import controlnet_problems
-from .families import call_default, family_of, text_width
+from .denoisers import TimestepAwareUNet, controlnet_problems
+from .families import call_default, denoiser_of, family_of, text_width
 from .family import Family, Slot
 
 Component = Callable[[str], object]
@@ -95,7 +95,7 @@ def check_components(pipe: DiffusionPipeline, replaced: Mapping[str, object]) ->
         return replaced[name] if name in replaced else getattr(pipe, name, None)
 
     family, slots = family_of(pipe), slots_of(pipe)
-    denoiser = getattr(pipe, family.denoiser)
+    denoiser = denoiser_of(pipe)
     contracts = []
     for slot in slots.values():
         encoder, tokenizer = component(slot.name), component(slot.tokenizer)
@@ -118,6 +118,7 @@ def check_components(pipe: DiffusionPipeline, replaced: Mapping[str, object]) ->
         # Beside an empty slot that must be filled, any width may be right.
         if all(component(name) is not None for name in slot.beside if slots[name].required):
             contract.problems += _width_problems(family, slot, encoder, contract)
+        contract.problems += _connector_problems(family, slot, encoder, denoiser)
         contract.problems += _length_problems(slot, encoder, contract)
         contract.problems += _placement_problems(family, slot, encoder, denoiser)
         tower = encoder.text_model if isinstance(encoder, ClapModel) else encoder
@@ -234,6 +235,17 @@ def _width_problems(family: Family, slot: Slot, encoder: PreTrainedModel, contra
             f"use {type(encoder).__name__.removesuffix('WithProjection')} in this slot"
         )
     return problems
+
+
+def _connector_problems(family: Family, slot: Slot, encoder: PreTrainedModel, denoiser: nn.Module) -> list[str]:
+    """Bare states of a backbone, before a denoiser that would take them for tokens."""
+    bare = isinstance(encoder, ConditioningEncoder) and encoder.config.bridge == "identity"
+    if not bare or slot.tokens is None or isinstance(denoiser, TimestepAwareUNet):
+        return []
+    return [
+        f"{slot.name} gives its backbone's own states, and the {_named(family)} has no connector to read them: swap in "
+        "the folder of the encoder that holds its connector.safetensors, or an encoder with another bridge"
+    ]
 
 
 def _length_problems(slot: Slot, encoder: PreTrainedModel, contract: Contract) -> list[str]:
@@ -364,9 +376,12 @@ def _joining_problems(
                 ]
             first, second = by_name[slot.name].tokens, by_name[other].tokens
             if first and second and first != second:
+                kept, wanted = (other, first) if other in replaced else (slot.name, second)
+                mend = f"make the new encoder with tokens={wanted}"
+                if (getattr(component(kept).config, "original", None) or {}).get("mix") == "concatenate":
+                    mend = 'leave slot out, so that one encoder serves both, or pass keep_original="blend"'
                 return [
-                    f"{slot.name} gives {first} tokens and {other} {second}, and they are joined token by token: "
-                    f"make the new encoder with tokens={first if other in replaced else second}"
+                    f"{slot.name} gives {first} tokens and {other} {second}, and they are joined token by token: {mend}"
                 ]
     return []
 

@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -182,6 +183,7 @@ class TimestepAwareUNet(UNet2DConditionModel):
 
     @classmethod
     def _join(cls, unet: UNet2DConditionModel, connector: TimestepResampler) -> TimestepAwareUNet:
+        unet = unwrap_module(unet)  # of torch.compile
         if unet.config.encoder_hid_dim_type is not None:
             raise ValueError(
                 f"this UNet already maps its text by {unet.config.encoder_hid_dim_type!r}: pass a UNet without a map"
@@ -229,7 +231,8 @@ def _take_modules(model: UNet2DConditionModel, unet: UNet2DConditionModel) -> No
 
 def controlnet_problems(pipe: DiffusionPipeline) -> list[str]:
     """What is wrong with the ControlNet of a pipeline whose UNet has a connector."""
-    if getattr(pipe, "controlnet", None) is None or not isinstance(getattr(pipe, "unet", None), TimestepAwareUNet):
+    unet = unwrap_module(getattr(pipe, "unet", None))
+    if getattr(pipe, "controlnet", None) is None or not isinstance(unet, TimestepAwareUNet):
         return []
     return [
         "the ControlNet reads the text encoder's states without the connector of TimestepAwareUNet: put the stock UNet "

@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -343,8 +344,8 @@ def family_of(pipe: DiffusionPipeline) -> Family:
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
-    """The denoiser of a pipeline: its UNet or transformer."""
-    return getattr(pipe, family_of(pipe).denoiser)
+    """The denoiser of a pipeline: its UNet or transformer, or the one inside what torch.compile made of it."""
+    return unwrap_module(getattr(pipe, family_of(pipe).denoiser))
 
 
 def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Conditioning:

@@ -81,6 +81,7 @@ class Family:
             as `prompt_embeds`, their mask under a name that ends with "attention_mask", and pooled vectors.
         alone: slots that one encoder fills when it serves the whole pipeline, the others being emptied; () where no
             one encoder can.
+        even: a text reads the same beside longer ones.
         repeats: several pictures of a prompt are had from embeddings that are given once, by an argument of the call.
         problems: `(pipe, component by name)` -> what else is wrong, each with its mend; None for nothing to ask.
     """
@@ -92,6 +93,7 @@ class Family:
     encode: Callable[[DiffusionPipeline, list[str]], Conditioning]
     arguments: Callable[[DiffusionPipeline, list[str]], dict[str, Tensor]]
     alone: tuple[str, ...]
+    even: bool = True
     repeats: bool = True
     problems: Callable[[DiffusionPipeline, Callable[[str], Any]], list[str]] | None = None
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,23 @@ from diffusers import DiffusionPipeline
 
 from textcond import TextEncoder
 
-from .alignment import AlignmentOptions, read_prompts
+from .alignment import AlignmentOptions, AlignmentPrompts, read_prompts
 from .alignment.align import Aligner
+
+# By the type of an option: what a value must be, and how it is asked for.
+_KINDS = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a string"),
+    tuple: ((list, tuple), "two numbers, as [2, 5]"),
+    dict: (Mapping, "a table"),
+}
 
 
 def generation_score(
     pipe: DiffusionPipeline,
+    /,
     prompts: str | os.PathLike | Iterable[str],
     held_out: str | os.PathLike | Iterable[str] | None = None,
     **options: Any,
@@ -33,13 +47,18 @@ def generation_score(
         prompts: what it is aligned on; see `read_prompts`.
         held_out: what it is scored on; None keeps some of `prompts` out for that.
         options: of AlignmentOptions; by default 150 steps of the token loss alone.
+
+    Raises:
+        FileNotFoundError: there is no such file of prompts.
+        ValueError: bad prompts, or an option that is unknown or of the wrong kind.
     """
+    _check(options)
     chosen = AlignmentOptions(**{"token_steps": 150, "denoiser_steps": 0, "validate_every": 1_000_000, **options})
-    training = read_prompts(prompts)
+    training = _read("prompts", prompts)
     if held_out is None:
         training, kept_out = training.split(min(chosen.held_out, len(training.teacher) // 2))
     else:
-        kept_out = read_prompts(held_out)
+        kept_out = _read("held_out", held_out)
         training = training.without(kept_out.teacher)
 
     def score(encoder: TextEncoder) -> dict[str, float]:
@@ -49,3 +68,34 @@ def generation_score(
             return {text: 1 - share for text, share in zip(kept_out.teacher, aligner.held_out_shares())}
 
     return score
+
+
+def _read(name: str, source: Any) -> AlignmentPrompts:
+    if not isinstance(source, (str, os.PathLike)):
+        lines = list(source) if isinstance(source, Iterable) and not isinstance(source, Mapping) else [source]
+        if wrong := [line for line in lines if not isinstance(line, (str, bytes))]:
+            raise ValueError(f"{name}={wrong[0]!r}: give a text file with a prompt a line, or a list of prompts")
+        source = lines
+    return read_prompts(source)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Refuse what a recipe may say and AlignmentOptions cannot be asked."""
+    hints = typing.get_type_hints(AlignmentOptions)
+    for name, value in options.items():
+        if name not in hints:
+            raise ValueError(f"{name}={value!r}: there is no such option, choose from {', '.join(hints)}")
+        hint = hints[name]
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kinds = [typing.get_origin(kind) or kind for kind in kinds]
+        if not any(_is(value, kind) for kind in kinds):
+            wanted = next(words for kind, (_, words) in _KINDS.items() if kind in kinds)
+            raise ValueError(f"{name}={value!r}: give {wanted}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is types.NoneType:
+        return value is None
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return len(value) == 2 and all(_is(one, float) for one in value)
+    return isinstance(value, _KINDS[kind][0]) and isinstance(value, bool) == (kind is bool)

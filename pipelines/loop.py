@@ -184,6 +184,14 @@ def fit(
     return state.result()
 
 
+def result_of(out: Path) -> dict[str, torch.Tensor]:
+    """What `fit` returned that ended in `out`: the best weights or, unscored, the averaged ones or its own."""
+    checkpoint = out / "checkpoint"
+    tensors = read_tensors(checkpoint / read_json(checkpoint / "step.json")["file"])
+    (kind, *_) = [kind for kind in ("best.", "average.", "module.") if any(name.startswith(kind) for name in tensors)]
+    return {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+
+
 def _finite(name: str, key: str, figure: float, step: int) -> None:
     if not math.isfinite(figure):
         raise RuntimeError(

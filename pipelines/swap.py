@@ -58,8 +58,8 @@ def swap_text_encoder(
         pipe: a pipeline of one of the `FAMILIES`.
         encoder: a ConditioningEncoder (WithProjection where `inspect_pipeline` says so), a stock CLIP text model or T5
             encoder, or the folder or hub id of one, which is then loaded with the dtype and device of the denoiser; the
-            connector of a TimestepAwareUNet that lies beside it is put before the UNet too, and one that is there for
-            another encoder taken away.
+            connector of a TimestepAwareUNet that lies beside it is put before the UNet too. One that is there leaves,
+            unless the encoder gives a connector its backbone's own states (`bridge="identity"`).
         slot: which encoder to replace. None replaces all, so that one encoder serves the whole pipeline: in SDXL
             through `text_encoder_2`, with the first left empty and `prompt_2` not read; in SD3 and Flux from both of
             the first two slots, with SD3's third left empty: load what you save of it with `text_encoder_3=None,
@@ -84,11 +84,6 @@ def swap_text_encoder(
         if connector.is_file():
             new[family_of(pipe).denoiser] = TimestepAwareUNet.with_connector(_stock(denoiser), connector)
         encoder = load_encoder(encoder, dtype=denoiser.dtype, device=denoiser.device)
-    if not new and isinstance(denoiser, TimestepAwareUNet) and _bridge(encoder) not in (None, "identity"):
-        new[family_of(pipe).denoiser] = _stock(denoiser)  # this encoder has a bridge of its own
-    # What the slots expect is read from the denoiser that will be there.
-    fitted = copy.copy(pipe)
-    fitted.register_modules(**new)
     if not isinstance(encoder, ENCODERS):
         mend = (
             "wrap it with ConditioningEncoder.from_text_encoder(encoder, ...)"
@@ -96,6 +91,9 @@ def swap_text_encoder(
             else "wrap a TextEncoder of it with ConditioningEncoder.from_text_encoder(...)"
         )
         raise ValueError(f"a {type(encoder).__name__} lacks the call surface of a pipeline's text encoder: {mend}")
+    new = new or _without_connector(pipe, getattr(encoder.config, "bridge", None))
+    # What the slots expect is read from the denoiser that will be there.
+    fitted = _holding(pipe, new)
     if keep_original is not None:
         encoder = _keeping_original(pipe, encoder, targets, slot, keep_original, original_weight)
     elif original_weight is not None:
@@ -140,6 +138,7 @@ def make_encoder(
     *,
     slot: str | None = None,
     bridge: str = "resampler",
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> ConditioningEncoder:
     """Put an untrained bridge on a TextEncoder that fits a pipeline's slot, as many tokens as the pipeline has now.
@@ -148,6 +147,7 @@ def make_encoder(
         slot: which encoder it is to replace; None for all, as in `swap_text_encoder`.
         bridge: as in `ConditioningEncoder.from_text_encoder`. Where the denoiser gets the mask of the text, "mlp"
             stands in for "resampler", which does not keep the length; where it reads no tokens, "linear" does.
+        dtype: of the encoder, and so of the TextEncoder, whose weights it shares; None for the denoiser's.
         options: further ones of `ConditioningEncoder.from_text_encoder`: `tokens`, `bridge_depth`, `layers`, `seed`.
 
     Returns:
@@ -158,6 +158,7 @@ def make_encoder(
     """
     targets = _targets(pipe, slot)
     serving = [one.name for one in targets]
+    pipe = _holding(pipe, _without_connector(pipe, bridge))
     # With slot=None the others are emptied.
     kept = (lambda name: getattr(pipe, name)) if slot else (lambda name: None)
     widths = [expected_widths(pipe, one, serving, kept) for one in targets]
@@ -180,7 +181,7 @@ def make_encoder(
         # The pipeline took it from its first tokenizer, and will again when it is loaded.
         encoder.tokenizer.model_max_length = pipe.tokenizer_max_length
     denoiser = denoiser_of(pipe)
-    return encoder.to(denoiser.device, denoiser.dtype)
+    return encoder.to(denoiser.device, dtype or denoiser.dtype)
 
 
 def retrieval_encoder(pipe: DiffusionPipeline) -> TextEncoder:
@@ -236,8 +237,19 @@ def _stock(denoiser: nn.Module) -> nn.Module:
     return denoiser.stock_unet() if isinstance(denoiser, TimestepAwareUNet) else denoiser
 
 
-def _bridge(encoder: object) -> str | None:
-    return encoder.config.bridge if isinstance(encoder, ConditioningEncoder) else None
+def _without_connector(pipe: DiffusionPipeline, bridge: str | None) -> dict[str, nn.Module]:
+    """The stock denoiser by its name, where another has a connector that an encoder with this bridge does not need."""
+    denoiser = denoiser_of(pipe)
+    if bridge == "identity" or not isinstance(denoiser, TimestepAwareUNet):
+        return {}
+    return {family_of(pipe).denoiser: denoiser.stock_unet()}
+
+
+def _holding(pipe: DiffusionPipeline, components: dict[str, nn.Module]) -> DiffusionPipeline:
+    """The same pipeline with other components, beside the one that keeps its own."""
+    other = copy.copy(pipe)
+    other.register_modules(**components)
+    return other
 
 
 def _keeping_original(

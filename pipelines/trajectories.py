@@ -83,10 +83,9 @@ def replay(denoiser: nn.Module, visit: Visit, conditioning: Conditioning, rows: 
     inputs = {name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()}
     for name, value in conditioning.items():
         place, _, entry = name.partition(".")
-        if entry:
-            inputs[place][entry] = value
-        else:
-            inputs[place] = value
+        holder, key = (inputs[place], entry) if entry else (inputs, place)
+        # A student's weights are float32, whatever the denoiser's are.
+        holder[key] = value.to(holder[key].dtype) if isinstance(holder.get(key), Tensor) else value
     if "txt_ids" in inputs:
         # All tokens of the text stand at one position, and there may be another number of them now.
         inputs["txt_ids"] = inputs["txt_ids"][:1].expand(inputs["encoder_hidden_states"].shape[1], -1)

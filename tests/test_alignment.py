@@ -8,6 +8,7 @@ import sys
 import time
 from functools import partial
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -298,6 +299,80 @@ def test_every_kind_of_denoiser_is_aligned_and_the_folder_swaps_in(tmp_path, kin
     assert tiny_families.generate(pipe, "a red fox").isfinite().all()
 
 
+def test_a_growing_bridge_is_aligned_by_all_steps(tmp_path):
+    pipe = tiny.stable_diffusion()
+    texts = prompts() + [" ".join(WORDS[number:] * 4) for number in range(6)]
+    given = {"bridge": "resampler", "width": 32, "tokens": 77, "chunk": 20, "prompt_length": 60, "bridge_depth": 1}
+    distances = []
+    for steps in (0, 30):
+        encoder = ConditioningEncoder.from_text_encoder(tiny.text_encoder("t5"), **given)
+        options = SHORT | {"token_steps": steps, "denoiser_steps": steps // 8}
+        align(pipe, encoder, texts, tmp_path / str(steps), AlignmentOptions(**options))
+        distances.append(held_out(tmp_path / str(steps)))
+    assert distances[1] < distances[0]
+    swap_text_encoder(pipe, tmp_path / "30")
+    assert pipe.encode_prompt([texts[-1]], "cpu", 1, False)[0].shape[1] > 77
+    assert tiny.generate(pipe).isfinite().all()
+
+
+def test_a_bfloat16_pipeline_trains_float32_weights(tmp_path):
+    options = AlignmentOptions(**SHORT | {"token_steps": 40, "denoiser_steps": 4, "learning_rate": 1e-3})
+    distances = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe, text_encoder = tiny.stable_diffusion().to(dtype), tiny.text_encoder("bert")
+        before = text_encoder.backbone.get_input_embeddings().weight.clone()
+        encoder = align(pipe, text_encoder, prompts(), tmp_path / str(dtype), options)
+        assert encoder.dtype == torch.float32
+        assert torch.equal(text_encoder.backbone.get_input_embeddings().weight, before)
+        swap_text_encoder(pipe, tmp_path / str(dtype))
+        assert pipe.text_encoder.dtype == dtype
+        assert tiny.generate(pipe).isfinite().all()
+        distances.append(held_out(tmp_path / str(dtype)))
+    assert distances[1] == pytest.approx(distances[0], rel=0.1)
+
+
+def test_a_float16_pipeline_is_told_what_to_load(tmp_path):
+    pipe = tiny.stable_diffusion().to(torch.float16)
+    with pytest.raises(ValueError, match="load the pipeline in bfloat16 or float32"):
+        align(pipe, tiny.text_encoder("bert"), prompts(), tmp_path, AlignmentOptions(**SHORT))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiled_denoiser_is_aligned_like_its_own_layers(tmp_path):
+    plain, compiled = tiny.stable_diffusion(), tiny.stable_diffusion()
+    compiled.unet = torch.compile(compiled.unet, backend="eager")
+    tiny.generate(compiled)  # hooks of later on are not seen by what was compiled
+    options = AlignmentOptions(**SHORT)
+    weights = [
+        align(pipe, tiny.text_encoder("bert"), prompts(), tmp_path / name, options).state_dict()
+        for name, pipe in {"plain": plain, "compiled": compiled}.items()
+    ]
+    assert hasattr(compiled.unet, "_orig_mod")
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("kind", ["refiner", "image to image"])
+def test_a_pipeline_that_starts_from_a_picture_is_aligned_from_noise(tmp_path, kind):
+    pipe = tiny_families.refiner()
+    if kind == "image to image":
+        pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(tiny.stable_diffusion())
+    options = AlignmentOptions(**SHORT | {"call": {}, "learning_rate": 1e-3})
+    align(pipe, tiny.text_encoder("bert"), prompts(300), tmp_path / "aligned", options)
+    none = AlignmentOptions(**SHORT | {"call": {}, "token_steps": 0, "denoiser_steps": 0, "closed_form_prompts": 0})
+    align(pipe, tiny.text_encoder("bert"), prompts(300), tmp_path / "none", none)
+    assert held_out(tmp_path / "aligned") < held_out(tmp_path / "none")
+    swap_text_encoder(pipe, tmp_path / "aligned")
+    start = Image.new("RGB", (16, 16), "gray")
+    assert np.isfinite(pipe(prompt="a fox", image=start, num_inference_steps=4, output_type="np").images).all()
+
+
+def test_a_pipeline_that_follows_a_picture_names_the_one_to_align_to(tmp_path):
+    pipe = diffusers.StableDiffusionInpaintPipeline.from_pipe(tiny.stable_diffusion())
+    with pytest.raises(ValueError, match=r"StableDiffusionInpaintPipeline follows a picture.*text-to-image"):
+        align(pipe, tiny.text_encoder("bert"), prompts(), tmp_path, AlignmentOptions(**SHORT))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_timestep_aware_connector_is_aligned_and_comes_with_the_folder(tmp_path):
     pipe = tiny.stable_diffusion(width=48)  # the backbone is 32 wide
     unet = pipe.unet
@@ -384,8 +459,21 @@ def test_a_folder_begun_otherwise_is_refused(tmp_path):
         another.backbone.get_input_embeddings().weight.mul_(2)
     with pytest.raises(ValueError, match="begun with another encoder"):
         align(tiny.stable_diffusion(), another, prompts(), tmp_path, AlignmentOptions(**SHORT))
+    pipe = tiny.stable_diffusion()
+    pipe.scheduler.register_to_config(beta_end=0.03)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1)
+    with pytest.raises(ValueError, match="begun with another denoiser, scheduler"):
+        align(pipe, tiny.text_encoder("bert"), prompts(), tmp_path, AlignmentOptions(**SHORT))
     with pytest.raises(ValueError, match="begun with another prompts"):
         align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(50), tmp_path, AlignmentOptions(**SHORT))
+
+
+def test_a_call_that_failed_leaves_the_folder_to_the_mended_one(tmp_path):
+    options = SHORT | {"call": {"height": 13, "width": 16}}
+    with pytest.raises(ValueError, match="divisible by 8"):
+        align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), tmp_path, AlignmentOptions(**options))
+    align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), tmp_path, AlignmentOptions(**SHORT))
 
 
 @pytest.mark.parametrize("change", [{"lora_rank": 4}, {"train_backbone": True}])

@@ -11,7 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from tiny import conditioning, generate, stable_diffusion, stable_diffusion_xl, text_encoder, token_ids
 
 from textcond.bridges import ResamplerBridge
-from textcond.pipelines import TimestepAwareUNet, inspect_pipeline, swap_text_encoder
+from textcond.pipelines import TimestepAwareUNet, inspect_pipeline, make_encoder, swap_text_encoder
 from textcond.pipelines.denoisers import TimestepResampler
 from textcond.pipelines.families import condition, denoiser_of
 from textcond.pipelines.trajectories import follow, replay
@@ -319,6 +319,98 @@ def test_a_connector_leaves_with_the_encoder_that_it_came_with(tmp_path):
     expected = stable_diffusion()
     swap_text_encoder(expected, bridged)
     assert torch.equal(generate(plain), generate(expected))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_connector_leaves_when_the_stock_encoder_comes_back_at_the_same_width_and_returns_with_its_own(compiled):
+    pipe = stable_diffusion()
+    clip, tokenizer, expected = pipe.text_encoder, pipe.tokenizer, generate(pipe)
+    aware(pipe)
+    through = generate(pipe)
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    before = swap_text_encoder(pipe, clip, tokenizer=tokenizer)
+    assert type(pipe.unet) is diffusers.UNet2DConditionModel
+    assert torch.equal(generate(pipe), expected)
+    pipe.register_modules(**before)
+    assert torch.allclose(generate(pipe), through, atol=1e-5)
+
+
+def test_the_encoder_made_for_a_pipeline_with_a_connector_fits_the_unet_without_it():
+    pipe = stable_diffusion(width=48)
+    pipe.unet = TimestepAwareUNet.from_unet(pipe.unet, 32, tokens=6, depth=1)
+    assert make_encoder(pipe, text_encoder(), bridge="identity", tokens=40).config.hidden_size == 32
+    encoder = make_encoder(pipe, text_encoder())
+    swap_text_encoder(pipe, encoder)
+    assert encoder.config.hidden_size == 48
+    assert type(pipe.unet) is diffusers.UNet2DConditionModel
+    assert generate(pipe).isfinite().all()
+
+
+def test_bare_states_are_refused_where_no_connector_reads_them(tmp_path):
+    pipe, encoder = stable_diffusion(), aware().text_encoder
+    components = dict(pipe.components)
+    with pytest.raises(ValueError, match=r"the UNet has no connector.*connector\.safetensors, or an encoder with"):
+        swap_text_encoder(pipe, encoder)
+    assert pipe.components == components
+    pipe.text_encoder, pipe.tokenizer = encoder, encoder.tokenizer
+    assert "no connector" in inspect_pipeline(pipe)[0].problems[0]
+    with pytest.raises(ValueError, match=r"states to a connector.*another bridge"):
+        swap_text_encoder(aware(), encoder, keep_original="blend")
+
+
+def test_a_slot_of_sdxl_keeps_the_connector_that_the_other_is_read_through():
+    pipe = stable_diffusion_xl()
+    pipe.unet = TimestepAwareUNet.from_unet(pipe.unet, 64, tokens=6, depth=1)
+    swap_text_encoder(pipe, conditioning(bridge="identity", tokens=77), "text_encoder")
+    assert generate(pipe).isfinite().all()
+    with pytest.raises(ValueError, match="text_encoder gives its backbone's own states"):
+        swap_text_encoder(pipe, conditioning(pooled_width=32, tokens=77), "text_encoder_2")
+
+
+# Under torch.compile
+
+
+def test_a_compiled_unet_takes_an_encoder_and_stays_compiled():
+    pipe, plain, encoder = stable_diffusion(), stable_diffusion(), conditioning()
+    pipe.unet = compiled = torch.compile(pipe.unet, backend="eager")
+    assert inspect_pipeline(pipe) == inspect_pipeline(plain)
+    assert denoiser_of(pipe) is compiled._orig_mod
+    for one in (pipe, plain):
+        swap_text_encoder(one, encoder)
+    assert pipe.unet is compiled
+    assert torch.allclose(generate(pipe), generate(plain), atol=1e-5)
+    visits, expected = (
+        follow(one, ["a red fox"], num_inference_steps=2, guidance_scale=3.0, height=16, width=16,
+               generator=torch.Generator().manual_seed(0))
+        for one in (pipe, plain)
+    )  # fmt: skip
+    assert len(visits) == len(expected) == 2
+    for ours, theirs in zip(visits, expected):
+        assert torch.allclose(ours.output, theirs.output, atol=1e-5)
+        assert torch.allclose(replay(denoiser_of(pipe), ours, condition(pipe, ["a red fox"])), ours.output, atol=1e-5)
+
+
+def test_a_connector_goes_before_the_modules_of_a_compiled_unet_and_may_be_compiled_itself(tmp_path):
+    plain = aware()
+    plain.text_encoder.save_pretrained(tmp_path)
+    plain.unet.save_connector(tmp_path / "connector.safetensors")
+    expected, pipe = generate(plain), stable_diffusion()
+    pipe.unet = compiled = torch.compile(pipe.unet, backend="eager")
+    before = swap_text_encoder(pipe, tmp_path)
+    assert before["unet"] is compiled
+    assert torch.allclose(generate(pipe), expected, atol=1e-5)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    assert [contract.problems for contract in inspect_pipeline(pipe)] == [[]]
+    assert torch.allclose(generate(pipe), expected, atol=1e-5)
+    swap_text_encoder(pipe, tmp_path)
+    assert torch.allclose(generate(pipe), expected, atol=1e-5)
+
+
+def test_a_controlnet_beside_a_compiled_connector_is_refused_too():
+    pipe = stable_diffusion(controlnet=True)
+    pipe.unet = torch.compile(TimestepAwareUNet.from_unet(pipe.unet, 32, depth=1), backend="eager")
+    assert "ControlNet" in inspect_pipeline(pipe)[0].problems[0]
 
 
 def test_an_encoder_for_a_connector_reads_no_padding_and_gives_as_many_states():

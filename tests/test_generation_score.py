@@ -5,6 +5,7 @@ import tiny
 import torch
 
 from textcond import TextEncoder
+from textcond.apps.training import _generation
 from textcond.evaluation import GENERATION
 from textcond.files import read_tensors
 from textcond.pipelines import generation_score
@@ -42,6 +43,39 @@ def test_an_encoder_that_reads_nothing_scores_less(score):
 def test_held_out_prompts_are_not_trained_on():
     with pytest.raises(ValueError, match="held"):
         generation_score(tiny.stable_diffusion(), PROMPTS[:4], PROMPTS[:4])
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"guidance_scale": 1}, r"guidance_scale=1: give two numbers, as \[2, 5\]"),
+        ({"guidance_scale": [1, 2, 3]}, r"guidance_scale=\[1, 2, 3\]: give two numbers"),
+        ({"held_out": 8}, "held_out=8: give a text file with a prompt a line"),
+        ({"prompts": [1, "a fox"]}, "prompts=1: give a text file with a prompt a line"),
+        ({"prompts": {"file": "p.txt"}}, "prompts={'file': 'p.txt'}: give a text file"),
+        ({"token_steps": 1.5}, "token_steps=1.5: give a whole number"),
+        ({"token_steps": True}, "token_steps=True: give a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate='fast': give a number"),
+        ({"train_backbone": "no"}, "train_backbone='no': give true or false"),
+        ({"call": 16}, "call=16: give a table"),
+        ({"slot": 2}, "slot=2: give a string"),
+        ({"batch_size": 0}, "batch_size=0: give 1 or more"),
+        ({"steps": 5}, "steps=5: there is no such option, choose from slot, "),
+        ({"pipe": "p"}, "pipe='p': there is no such option"),
+        ({"pipeline": 3}, "pipeline=3: give a folder or a hub id"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_in_a_recipe_is_named(monkeypatch, table, message):
+    monkeypatch.setattr("textcond.apps.loading.load_pipeline", lambda name, dtype: tiny.stable_diffusion())
+    with pytest.raises(ValueError, match=rf"^evaluation\.generation: {message}"):
+        _generation({"prompts": PROMPTS} | table)
+
+
+def test_a_score_in_a_recipe_needs_prompts_and_takes_what_toml_writes(monkeypatch):
+    monkeypatch.setattr("textcond.apps.loading.load_pipeline", lambda name, dtype: tiny.stable_diffusion())
+    with pytest.raises(ValueError, match=r"evaluation\.generation: there are no prompts"):
+        _generation({"token_steps": 5})
+    assert callable(_generation({"prompts": PROMPTS, "guidance_scale": [2, 5], "learning_rate": 1, "slot": None}))
 
 
 @pytest.fixture

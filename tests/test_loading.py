@@ -2,10 +2,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_audio
 import torch
 from PIL import Image
 
 from textcond.apps.loading import find_encoder, find_pipeline, load_pipeline, load_text_encoder
+from textcond.pipelines import inspect_pipeline
 
 
 @pytest.fixture
@@ -86,6 +88,13 @@ def test_the_shipped_encoders_read_pictures_too(name, width):
 
 def test_multilingual_is_the_shipped_encoder():
     assert (Path(find_encoder("multilingual")) / "model.safetensors").is_file()
+
+
+def test_a_musicldm_folder_makes_audio_with_its_own_clap(tmp_path):
+    tiny_audio.musicldm().save_pretrained(tmp_path)
+    pipe = load_pipeline(str(tmp_path))
+    assert inspect_pipeline(pipe)[0].problems == []
+    assert tiny_audio.waveforms(pipe).isfinite().all()
 
 
 def test_a_pipeline_saved_as_a_variant_alone_is_loaded(demo, tmp_path):

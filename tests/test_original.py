@@ -3,6 +3,7 @@ import logging
 import subprocess
 import sys
 
+import compel
 import diffusers
 import numpy as np
 import pytest
@@ -195,7 +196,45 @@ def test_an_encoder_folder_of_a_mixture_swaps_in_by_itself(tmp_path):
     assert torch.equal(generate(other, **CALL), expected)
     assert np.abs(TextEncoder.from_pretrained(tmp_path).encode(["a red fox"]) - vectors).max() < 1e-6
     conditioning(tokens=77).save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("part_*"))
+    assert not list(tmp_path.glob("part*"))
+
+
+def rename_parts(folder):
+    """Make of a saved mixture what an earlier version wrote."""
+    for config in folder.rglob("tokenizer_config.json"):
+        content = json.loads(config.read_text())
+        if count := content.pop("packed", None):
+            config.write_text(json.dumps(content | {"parts": count}))
+            for i in range(1, count):
+                (config.parent / f"part.{i}").rename(config.parent / f"part_{i}")
+
+
+@pytest.mark.parametrize("make", PIPELINES)
+def test_a_mixture_is_saved_as_a_variant_and_one_of_an_earlier_version_is_read(make, tmp_path):
+    pipe = make()
+    swap_text_encoder(pipe, encoder_for(make), keep_original="blend")
+    expected = embeds(pipe)[0]
+    pipe.save_pretrained(tmp_path / "variant", variant="fp16")
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "variant", variant="fp16")
+    assert torch.allclose(embeds(loaded)[0], expected, atol=1e-6)
+    pipe.save_pretrained(tmp_path / "earlier")
+    rename_parts(tmp_path / "earlier")
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "earlier")
+    assert torch.allclose(embeds(loaded)[0], expected, atol=1e-6)
+    loaded.save_pretrained(tmp_path / "earlier", variant="fp16")
+    loaded.save_pretrained(tmp_path / "again", variant="fp16")
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again", variant="fp16")
+    assert torch.allclose(embeds(loaded)[0], expected, atol=1e-6)
+
+
+def test_folders_of_an_earlier_mixture_leave_with_it(tmp_path):
+    pipe = stable_diffusion()
+    swap_text_encoder(pipe, conditioning(tokens=77), keep_original="blend")
+    pipe.text_encoder.save_pretrained(tmp_path)
+    rename_parts(tmp_path)
+    assert (tmp_path / "part_1").is_dir()
+    conditioning(tokens=77).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("part*"))
 
 
 def test_the_mixture_shares_all_weights_with_its_parts():
@@ -250,7 +289,7 @@ def test_textual_inversion_reaches_the_original_and_is_saved(when, tmp_path):
     swap_text_encoder(pipe, new, keep_original="concatenate")
     if when == "after":
         pipe.load_textual_inversion(tmp_path / "learned.safetensors", token="<toy>")
-    ids = pipe.tokenizer("a <toy> fox <toy>_1").input_ids
+    ids = pipe.tokenizer("a <toy> fox <toy>_1", padding="longest").input_ids
     assert {len(pipe.tokenizer) - 2, len(pipe.tokenizer) - 1} <= set(ids[:77])
     # The new encoder has never heard of it.
     assert ids[77:] == new.tokenizer("a fox").input_ids
@@ -261,6 +300,19 @@ def test_textual_inversion_reaches_the_original_and_is_saved(when, tmp_path):
     reference = stable_diffusion()
     reference.load_textual_inversion(tmp_path / "learned.safetensors", token="<toy>")
     assert torch.equal(embeds(reference, "a <toy> fox")[0], learned[:, :77])
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_compel_is_told_that_it_cannot_weigh_the_words_of_a_mixture(mix):
+    pipe = stable_diffusion()
+    swap_text_encoder(pipe, conditioning(bridge="mlp", tokens=77), keep_original=mix)
+    for prompt in ("a red fox", "a (red)1.5 fox"):
+        with pytest.raises(ValueError, match=r"compel .*keep_original=None"):
+            compel.CompelForSD(pipe)(prompt)
+    xl = stable_diffusion_xl()
+    swap_text_encoder(xl, conditioning(bridge="mlp", tokens=77), "text_encoder", keep_original="blend")
+    with pytest.raises(ValueError, match=r"compel .*keep_original=None"):
+        compel.CompelForSDXL(xl)("a (red)1.5 fox")
 
 
 # The tokenizer
@@ -316,6 +368,7 @@ def test_the_pipeline_warns_of_what_the_new_encoder_does_not_read_and_of_nothing
         (lambda: conditioning(tokens=12), {}, r"77 tokens and the new encoder 12.*concatenate"),
         (lambda: conditioning(tokens=77, width=24), {}, "32-wide tokens, the new encoder 24"),
         (lambda: conditioning(tokens=16, chunk=32), {"mix": "concatenate"}, "chunk=32"),
+        (lambda: conditioning(bridge="identity", tokens=77), {}, "states to a connector.*another bridge"),
         (lambda: conditioning(tokens=77), {"mix": "average"}, "'average'.*blend, concatenate"),
         (lambda: conditioning(tokens=77), {"weight": 1.5}, "original_weight=1.5"),
         (lambda: stable_diffusion().text_encoder, {}, "not with a CLIPTextModel"),
@@ -329,6 +382,21 @@ def test_a_misfit_is_reported_with_its_mend_and_changes_nothing(new, options, me
     assert {name: id(part) for name, part in pipe.components.items()} == {
         name: id(part) for name, part in before.items()
     }
+
+
+@pytest.mark.parametrize(("slot", "other"), [("text_encoder", "text_encoder_2"), ("text_encoder_2", "text_encoder")])
+def test_one_slot_of_sdxl_that_would_grow_beside_the_other_is_told_to_blend_and_then_both_can(slot, other):
+    pipe = stable_diffusion_xl()
+    made = {
+        name: conditioning(tokens=77, **({"pooled_width": 32} if name == "text_encoder_2" else {}))
+        for name in (slot, other)
+    }
+    with pytest.raises(ValueError, match=r'154.*leave slot out.*or pass keep_original="blend"'):
+        swap_text_encoder(pipe, made[slot], slot, keep_original="concatenate")
+    original = generate(pipe, **CALL)
+    for name, encoder in made.items():
+        swap_text_encoder(pipe, encoder, name, keep_original="blend", original_weight=1)
+    assert torch.equal(generate(pipe, **CALL), original)
 
 
 def test_what_is_in_the_slot_must_be_an_original():

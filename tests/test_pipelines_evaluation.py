@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -6,15 +7,27 @@ import torch
 from PIL import Image
 from tiny import conditioning, stable_diffusion, stable_diffusion_xl, text_encoder
 
-from textcond.pipelines import TimestepAwareUNet, swap_text_encoder
+from textcond import ConditioningEncoder, TextEncoder
+from textcond.pipelines import (
+    AlignmentOptions,
+    TimestepAwareUNet,
+    align,
+    make_encoder,
+    retrieval_encoder,
+    swap_text_encoder,
+    swapped,
+)
+from textcond.pipelines.alignment.align import Aligner
+from textcond.pipelines.alignment.prompts import LONGEST as LONGEST_LINE
 from textcond.pipelines.evaluation import Case, ClipJudge, EmojiJudge, evaluate_conditioning, read_cases, write_cases
 from textcond.pipelines.evaluation.cache import ResultCache, fingerprint
-from textcond.pipelines.evaluation.controls import isometry, raw_encoder, shuffled_texts
+from textcond.pipelines.evaluation.controls import isometry, random_encoder, raw_encoder, shuffled_texts
 from textcond.pipelines.evaluation.distance import EMPTY, share, share_interval, squared_distances
-from textcond.pipelines.evaluation.grid import grid_blocks
+from textcond.pipelines.evaluation.grid import grid_blocks, shortened
 from textcond.pipelines.evaluation.judges import shares_weights
 from textcond.pipelines.evaluation.pictures import latent_seed, pixel_spread
 from textcond.pipelines.evaluation.report import Measured, Report
+from textcond.pipelines.evaluation.stages import earlier_states, set_state
 from textcond.pipelines.families import condition
 from textcond.pipelines.reference.data import is_held_out, is_held_out_concept, is_unseen_concept
 from textcond.pipelines.reference.held_out import CASES, SENTENCES
@@ -79,6 +92,23 @@ def test_cases_survive_writing_and_reading(tmp_path, cases):
 def test_a_text_file_gives_prompts_and_translations(tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox\n\na dog\tein Hund\n", encoding="utf-8")
     assert read_cases(tmp_path / "prompts.txt") == [Case("a fox"), Case("ein Hund", "a dog", "other")]
+    (tmp_path / "prompts.txt").write_text(f"a fox\t\n{'x' * LONGEST_LINE}\r\n")
+    assert read_cases(tmp_path / "prompts.txt") == [Case("a fox"), Case("x" * LONGEST_LINE)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a dog\tein Hund\tun chien", "line 2: 3 columns: write `prompt`, or `english TAB other`"),
+        ("x" * 30_000, "line 2: 30,000 characters: write a case a line, of at most 20,000"),
+        ("\tein Hund", "line 2: english of a case is empty"),
+    ],
+    ids=["three columns", "long", "no english"],
+)
+def test_a_line_that_is_no_prompt_is_named(tmp_path, line, message):
+    (tmp_path / "prompts.txt").write_text(f"a fox\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_cases(tmp_path / "prompts.txt")
 
 
 def test_a_limit_counts_each_language_by_itself(tmp_path, cases):
@@ -96,6 +126,7 @@ def test_a_limit_counts_each_language_by_itself(tmp_path, cases):
         ('{"prompt": " "}', "line 2: prompt of a case is empty"),
         ('{"prompt": "a fox", "language": "all"}', "line 2: language of a case is 'all'"),
         ('{"prompt": "a fox", "expected": "fox"}', "line 2: expected of a case is 'fox'"),
+        (json.dumps({"prompt": "x" * 30_000}), "line 2: 30,014 characters"),
     ],
 )
 def test_a_line_that_is_no_case_is_named(tmp_path, line, message):
@@ -173,6 +204,87 @@ def test_shuffled_texts_are_the_english_of_another_subject(cases):
     assert given == ["a green bird", "a green bird", "a red fox", "a red fox"]
     with pytest.raises(ValueError, match="two things"):
         shuffled_texts(cases[:2])
+
+
+def test_a_random_control_grows_as_the_encoder_does():
+    pipe = stable_diffusion()
+    like = make_encoder(pipe, text_encoder(), tokens=8, chunk=16, prompt_length=40)
+    made = random_encoder(pipe, text_encoder("roberta"), like)
+    assert (made.config.tokens, made.config.chunk, made.tokenizer.model_max_length) == (8, 16, 40)
+
+
+SHORT = {
+    "token_steps": 4, "denoiser_steps": 2, "num_inference_steps": 2, "batch_size": 4, "denoiser_batch_size": 2,
+    "denoiser_learning_rate": 1e-2, "closed_form_prompts": 16, "held_out": 4, "call": {"height": 16, "width": 16},
+}  # fmt: skip
+
+
+def aligned(folder, **options):
+    """A folder in which an encoder was aligned with a tiny pipeline."""
+    lines = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("fox", "dog", "bird", "house")]
+    align(stable_diffusion(), text_encoder(), lines, folder, AlignmentOptions(**{**SHORT, **options}))
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"train_backbone": True}, {"bridge": "timestep"}], ids=str)
+def test_the_steps_of_an_alignment_are_controls(tmp_path, cases, monkeypatch, options):
+    # What each step left is taken from the run itself.
+    before, fit = [], Aligner._fit
+
+    def watched(self, *args):
+        before.append({name: value.clone() for name, value in self.trained.state_dict().items()})
+        fit(self, *args)
+
+    monkeypatch.setattr(Aligner, "_fit", watched)
+    folder = aligned(tmp_path / "one", **options)
+    states = earlier_states(folder)
+    assert list(states) == ["closed_form", "tokens"]
+    for state, expected in zip(states.values(), before, strict=True):
+        encoder = ConditioningEncoder.from_pretrained(folder)
+        unet = stable_diffusion().unet
+        file = folder / "connector.safetensors"
+        connector = TimestepAwareUNet.with_connector(unet, file).connector if file.is_file() else None
+        set_state(state, encoder, connector)
+        found = dict(encoder.named_parameters())
+        found |= {f"connector.{name}": value for name, value in (connector.named_parameters() if connector else ())}
+        for name, value in expected.items():
+            if "pooler" not in name:  # it is not saved
+                assert torch.equal(found[name.replace("/", ".")], value), name
+    report = evaluate_conditioning(stable_diffusion(), [folder], cases[::2], **QUICK)
+    assert list(report.rows) == ["original", "one", "raw", "random", "closed_form", "tokens", "shuffled"]
+    closed_form, tokens = (report.results[name]["en"]["distance"]["share"] for name in states)
+    assert abs(closed_form - tokens) > 1e-4
+    assert "- `tokens`: the first encoder after step 1" in report.markdown()
+
+
+def test_a_step_that_an_alignment_did_not_keep_is_no_control(tmp_path, cases):
+    pipe = stable_diffusion()
+    ended = aligned(tmp_path / "ended", denoiser_steps=0)
+    assert list(earlier_states(ended)) == ["closed_form"]  # after step 1 it is the encoder itself
+    adapted = aligned(tmp_path / "adapted", lora_rank=2)
+    assert earlier_states(adapted) == {}
+    conditioning().save_pretrained(tmp_path / "other")
+    for encoders in ([ended], [adapted, ended], [tmp_path / "other"], {"new": conditioning()}, []):
+        with pytest.raises(ValueError, match="the control tokens is the first encoder after that step"):
+            evaluate_conditioning(pipe, encoders, cases, controls=["tokens"], **QUICK)
+    assert "tokens" not in evaluate_conditioning(pipe, [adapted], cases[:1], **QUICK).rows
+    with pytest.raises(ValueError, match=r"closed-form\.safetensors is not of the encoder beside it"):
+        set_state(earlier_states(ended)["closed_form"], conditioning(tokens=5))
+
+
+def test_the_original_encoder_gets_a_bridge_of_the_same_size_to_be_compared_with(tmp_path, cases):
+    pipe = stable_diffusion()
+    pipe.save_pretrained(tmp_path / "pipe")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(tmp_path / "pipe" / part, tmp_path / "clip", dirs_exist_ok=True)
+    lines = ["a red fox", "a dog", "the bird", "a house"]
+    for name, encoder in (("same", retrieval_encoder(pipe)), ("files", TextEncoder.from_pretrained(tmp_path / "clip"))):
+        align(stable_diffusion(), encoder, lines, tmp_path / name, AlignmentOptions(**{**SHORT, "held_out": 2}))
+    report = evaluate_conditioning(
+        stable_diffusion(), [tmp_path / "same", tmp_path / "files"], cases[:1], controls=(), **QUICK
+    )
+    same, files = (report.results[name]["en"]["distance"]["share"] for name in ("same", "files"))
+    assert same == pytest.approx(files)
 
 
 # -- distance --------------------------------------------------------------------------------------------------------
@@ -470,6 +582,55 @@ def test_the_grid_shows_a_prompt_in_its_languages_or_many_prompts_in_one(cases):
     assert grid_blocks(cases[::2]) == [[0, 1]]
 
 
+class Font:
+    """A font whose letters are ten pixels wide, and what it measured."""
+
+    def __init__(self):
+        self.measured = []
+
+    def getlength(self, text):
+        self.measured.append(len(text))
+        return 10 * len(text)
+
+
+def test_a_caption_is_shortened_without_measuring_all_of_a_giant_text():
+    font = Font()
+    assert shortened("fox\n " * 100_000, 112, font) == "fox fox ..."
+    assert max(font.measured) < 210
+    assert shortened("a fox", 112, font) == "a fox"
+
+
+def test_a_giant_prompt_is_reported_in_a_readable_line(tmp_path, cases):
+    giant = "der rote Fuchs\n" * 1_000
+    given = [Case(giant, giant, "de"), Case("a fox", giant), *cases[2:]]
+    report = evaluate_conditioning(stable_diffusion(), {}, given, controls=(), **QUICK)
+    text = report.save(tmp_path).read_text(encoding="utf-8")
+    shown = next(line for line in text.splitlines() if line.startswith("- de: der rote"))
+    assert shown.endswith("... | en: a fox")
+    assert len(shown) < 230
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["cases"][0]["prompt"] == giant
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_xl])
+def test_an_encoder_that_grows_is_measured_on_prompts_of_mixed_lengths(make):
+    pipe = make()
+    new = make_encoder(pipe, text_encoder(), tokens=8, chunk=8, prompt_length=60)
+    mixed = [Case("fox"), Case("a red fox in winter " * 3), Case("a green bird"), Case("a dog and a big fox")]
+    shares = []
+    for batch_size in (1, 2, 4):
+        report = evaluate_conditioning(
+            pipe, {"new": new}, mixed, controls=("random",), batch_size=batch_size, **QUICK
+        )  # fmt: skip
+        shares.append(report.rows["new"].distances / report.rows["new"].empty_distances)
+    with swapped(pipe, new):
+        lengths = {condition(pipe, [case.prompt])["encoder_hidden_states"].shape[1] for case in mixed}
+    assert lengths == {8, 16, 64}
+    np.testing.assert_allclose(shares[0], shares[2], rtol=1e-3)
+    np.testing.assert_allclose(shares[1], shares[2], rtol=1e-3)
+    alone = evaluate_conditioning(pipe, {"new": new}, mixed[:1], controls=(), **QUICK).rows["new"]
+    np.testing.assert_allclose(shares[0][:1], alone.distances / alone.empty_distances, rtol=1e-3)
+
+
 def test_sdxl_is_compared_through_both_its_slots(cases):
     new = conditioning(width=64, pooled_width=32)
     report = evaluate_conditioning(stable_diffusion_xl(), {"new": new}, cases[:1], controls=("raw", "random"), **QUICK)
@@ -565,6 +726,3 @@ def test_one_slot_of_two_is_compared(cases):
 def test_a_byte_order_mark_is_no_part_of_the_first_case(tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox\n", encoding="utf-8-sig")
     assert read_cases(tmp_path / "prompts.txt") == [Case("a fox")]
-    (tmp_path / "prompts.txt").write_text("\tein Hund\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1: english of a case is empty"):
-        read_cases(tmp_path / "prompts.txt")

@@ -45,7 +45,7 @@ _OWNED = (
     "config_sentence_transformers.json",
     "[0-9]_*",
     "tokenizer*",
-    "part_*",
+    "part[._]*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",

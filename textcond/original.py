@@ -58,7 +58,7 @@ class PackedTokenizer(PreTrainedTokenizerFast):
             model_max_length=sum(tokenizer.model_max_length for tokenizer in tokenizers),
             padding_side="right",
             truncation_side="right",
-            parts=len(tokenizers),
+            packed=len(tokenizers),
             **first.special_tokens_map,
         )
         packed.others = [copy.deepcopy(tokenizer) for tokenizer in others]
@@ -83,7 +83,15 @@ class PackedTokenizer(PreTrainedTokenizerFast):
         A row padded to "max_length" is always of full length, whatever `max_length` says: pipelines ask negative
         prompts for the length of the output, which here is not that of the input. Otherwise the last part alone is
         padded and cut as asked, so that a pipeline's warning names what the new encoder does not read.
+
+        Raises:
+            ValueError: for rows without padding, as tools ask for that weigh words: they take a row for one encoder's.
         """
+        if padding in (False, "do_not_pad"):
+            raise ValueError(
+                f"padding={padding!r}: a PackedTokenizer gives padded rows alone, the ids of several encoders, which "
+                "compel and other tools that weigh words cannot read: swap the encoder in with keep_original=None"
+            )
         single = isinstance(text, str)
         texts = [text] if single else list(text)
         full = {"padding": "max_length", "truncation": True}
@@ -122,7 +130,8 @@ class PackedTokenizer(PreTrainedTokenizerFast):
         """Write the first tokenizer's files, and those of the others in folders beside them."""
         files = super().save_pretrained(save_directory, *args, **kwargs)
         for i, tokenizer in enumerate(self.others, 1):
-            tokenizer.save_pretrained(os.path.join(save_directory, f"part_{i}"))
+            # With a dot: diffusers looks for a variant behind the first dot of every name in a component's folder.
+            tokenizer.save_pretrained(os.path.join(save_directory, f"part.{i}"))
         return files
 
     @classmethod
@@ -130,11 +139,16 @@ class PackedTokenizer(PreTrainedTokenizerFast):
         """Load what `save_pretrained` wrote, from a folder or hub id."""
         packed = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         where = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+        dot = "."
+        if "parts" in packed.init_kwargs:  # as earlier versions wrote, into folders without a dot
+            dot, packed.init_kwargs["packed"] = "_", packed.init_kwargs.pop("parts")
         packed.others = [
             AutoTokenizer.from_pretrained(
-                pretrained_model_name_or_path, subfolder=os.path.join(kwargs.get("subfolder", ""), f"part_{i}"), **where
+                pretrained_model_name_or_path,
+                subfolder=os.path.join(kwargs.get("subfolder", ""), f"part{dot}{i}"),
+                **where,
             )
-            for i in range(1, packed.init_kwargs["parts"])
+            for i in range(1, packed.init_kwargs["packed"])
         ]
         return packed
 
@@ -224,7 +238,7 @@ def keep_original(
     if mix == "blend" and new != lengths[0]:
         raise ValueError(
             f"the original gives {lengths[0]} tokens and the new encoder {new}, which cannot be added up: "
-            f'make it with tokens={lengths[0]}, or pass keep_original="concatenate"'
+            f'make it with tokens={lengths[0]}, or, if it serves all slots, pass keep_original="concatenate"'
         )
     config = copy.copy(encoder.config)
     config.original = {
@@ -248,6 +262,11 @@ def _check(encoder: ConditioningEncoder, originals: Sequence[PreTrainedModel]) -
         raise ValueError("this encoder already keeps an original: pass the one that it was made from")
     if encoder.tokenizer is None:
         raise ValueError("this encoder came without a tokenizer, which the original's is packed with: set .tokenizer")
+    if encoder.config.bridge == "identity":
+        raise ValueError(
+            "this encoder gives its backbone's own states to a connector, which the original's tokens do not go "
+            'through: make it with another bridge, bridge="resampler"'
+        )
     if encoder.config.chunk:
         raise ValueError(
             f"chunk={encoder.config.chunk} lets the number of tokens grow, and an original needs it fixed: "

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from textcond import ConditioningEncoder, TextEncoder
@@ -23,7 +24,7 @@ from textcond.files import read_tensors, write_mark, write_tensors
 from textcond.folders import read_json
 from textcond.pipelines.contracts import inspect_pipeline
 from textcond.pipelines.denoisers import TimestepAwareUNet
-from textcond.pipelines.families import Conditioning, condition, denoiser_of
+from textcond.pipelines.families import Conditioning, condition, denoiser_of, family_of
 from textcond.pipelines.loop import Validation, fit, share, step_generator
 from textcond.pipelines.swap import CONNECTOR, make_encoder, swap_text_encoder
 from textcond.pipelines.trajectories import replay
@@ -31,17 +32,18 @@ from textcond.precision import bfloat16
 
 from .anchor import DRAWN, Anchor
 from .attention import AttentionProbe
-from .closed_form import fit_last_layer
+from .closed_form import fit_last_layer, gives
 from .losses import contrast, regression, statistics
 from .options import AlignmentOptions
 from .pictures import CaptionedPictures, denoiser_error
 from .prompts import AlignmentPrompts, read_prompts
-from .rounds import Visit, effects, mixed, visited
+from .rounds import Visit, effects, mixed, samples_alone, visited
 from .teacher import TeacherStates, fingerprint, weights_hash
 
 PROBED_PROMPTS = 16  # whose trajectories give the queries of the attention loss
 POOL = 16  # batches that are drawn together and sorted by length
 ADAM_RATE = 1e-3  # of biases, norms and queries, at the most
+HASHED = 1024  # values of each tensor of the denoiser
 CHUNK = 32  # held-out prompts that are asked at a time
 
 
@@ -122,6 +124,7 @@ class Aligner:
     ):
         self.options, self.out = options, out
         _check(pipe, encoder, options)
+        pipe = _uncompiled(pipe)
         self.pictures = None if pictures is None else CaptionedPictures(pipe, pictures)
         device = denoiser_of(pipe).device
         # Its autocast would be one for the whole process; the denoiser's precision is chosen below.
@@ -135,16 +138,16 @@ class Aligner:
             chosen = {name: getattr(options, name) for name in ("bridge", "tokens") if getattr(options, name)}
             encoder = make_encoder(
                 pipe, encoder, slot=options.slot, bridge_depth=options.bridge_depth, layers=options.layers,
-                seed=options.seed, **chosen,
+                seed=options.seed, dtype=torch.float32, **chosen,
             )  # fmt: skip
-        self.encoder = encoder.to(device)
-        swap_text_encoder(self.student_pipe, encoder, options.slot)
+        self.encoder = encoder
+        _fill_slot(self.student_pipe, encoder, options.slot)
         self.training, self.held_out = training, held_out
         if not held_out.teacher:
             raise ValueError("one prompt alone leaves none to train on: give at least 2, and better 10,000")
         anchored = options.retrieval_weight and (options.lora_rank or options.train_backbone)
         anchors = (anchors or training) if anchored else None
-        self._claim(anchors)
+        self.begun = self._begun(anchors)
         self.anchor = anchors and Anchor(self.encoder.text_encoder, [text for _, text in anchors.rows], options.seed)
         if options.lora_rank:
             self._add_adapter()
@@ -167,6 +170,9 @@ class Aligner:
         self.known = statistics(self.states(sample[:2048]))
         self._prepare_held_out()
         self._prepare_probe(sample[:PROBED_PROMPTS])
+        # The teacher has sampled once: what it cannot do has been told, and the folder may be begun otherwise.
+        if self.accelerator.is_main_process:
+            write_mark(work / "begun.json", self.begun)
         fitted = (work / "closed-form.safetensors").is_file()
         self.accelerator.wait_for_everyone()  # before the first process writes it
         if options.closed_form_prompts and not fitted:
@@ -196,18 +202,16 @@ class Aligner:
 
     def _closed_form(self, sample: np.ndarray) -> None:
         """Step 0: every last layer that maps to a tensor of the conditioning."""
-        with torch.no_grad():
-            given = self._say([""])
+        size = self.options.batch_size if family_of(self.student_pipe).even else 1
         for name, facts in self.known.items():
             bridge = self.connector or self.encoder.bridge
             layer = getattr(bridge if facts.mean.ndim == 2 else self.encoder.pooled_bridge, "out_proj", None)
-            # Other slots may share the tensor, and a bridge may give another number of tokens.
-            if layer is None or layer.out_features != facts.mean.shape[-1] or given[name].shape[1:] != facts.mean.shape:
+            if layer is None or not gives(layer, lambda name=name: self._say([""])[name], facts.mean.shape):
                 continue
 
             def run(name: str = name) -> Iterable[Tensor]:
-                for start in range(0, len(sample), self.options.batch_size):
-                    batch = sample[start : start + self.options.batch_size]
+                for start in range(0, len(sample), size):
+                    batch = sample[start : start + size]
                     self._say([self.training.teacher[index] for index in batch])
                     yield self.states(batch)[name]
 
@@ -440,6 +444,8 @@ class Aligner:
         if not isinstance(encoder, TextEncoder):
             raise ValueError("bridge='timestep' starts from a text encoder: give one without a bridge")
         unet, width = denoiser_of(self.teacher_pipe), encoder.backbone.config.hidden_size
+        if unet.dtype != torch.float32:
+            raise ValueError(f"bridge='timestep' trains inside a {unet.dtype} UNet: load the pipeline in float32")
         if not isinstance(unet, UNet2DConditionModel):
             raise ValueError(
                 f"bridge='timestep' goes before a UNet2DConditionModel, and a {type(self.teacher_pipe).__name__} has "
@@ -472,13 +478,15 @@ class Aligner:
             self.encoder.backbone = self.encoder.backbone.merge_and_unload()
         self.encoder.eval()
 
-    def _claim(self, anchors: AlignmentPrompts | None) -> None:
-        """Write what decides the result into a new folder; refuse one that was begun with something else."""
+    def _begun(self, anchors: AlignmentPrompts | None) -> dict[str, Any]:
+        """What decides the result; a folder that was begun with something else is refused."""
         file = self.out / "alignment" / "begun.json"
         now = self.options.to_dict() | {
             "prompts": self.training.fingerprint(),
             "held_out_prompts": self.held_out.fingerprint(),
             "teacher": fingerprint(self.teacher_pipe, []),
+            "denoiser": weights_hash(denoiser_of(self.teacher_pipe), HASHED),
+            "scheduler": _settings(self.teacher_pipe.scheduler),
             "encoder": weights_hash(self.encoder),
             "pictures": self.pictures and [text for _, text in self.pictures.rows],
             "anchors": anchors and anchors.fingerprint(),
@@ -491,14 +499,23 @@ class Aligner:
                     f"{self.out} was begun with another {', '.join(different)}: "
                     "go on with the same, or choose another folder"
                 )
-        elif self.accelerator.is_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_mark(file, now)
-        self.accelerator.wait_for_everyone()
+        return now
 
 
 def _check(pipe: DiffusionPipeline, encoder: TextEncoder | ConditioningEncoder, options: AlignmentOptions) -> None:
     """Refuse at once what would end an alignment later, or be ignored."""
+    if isinstance(denoiser_of(pipe), TimestepAwareUNet):
+        raise ValueError("this pipeline's UNet reads its encoder through a connector: align to the stock pipeline")
+    if not samples_alone(pipe):
+        raise ValueError(
+            f"a {type(pipe).__name__} follows a picture, which prompts do not give: align the encoder to the "
+            "text-to-image pipeline of its family, and swap it in here"
+        )
+    if denoiser_of(pipe).dtype == torch.float16:
+        raise ValueError(
+            "gradients through a float16 denoiser vanish: load the pipeline in bfloat16 or float32; what comes out "
+            "serves it in float16 too"
+        )
     problems = [problem for contract in inspect_pipeline(pipe) for problem in contract.problems]
     if problems:
         raise ValueError(f"this pipeline cannot teach: {'; '.join(problems)}")
@@ -517,6 +534,28 @@ def _check(pipe: DiffusionPipeline, encoder: TextEncoder | ConditioningEncoder, 
                 f"{name}={given!r}, and the encoder goes on with the bridge that it has, of {name}={own!r}: leave it "
                 "out, or give a text encoder without a bridge"
             )
+
+
+def _uncompiled(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A copy of the pipeline whose denoiser runs its own layers, to which hooks can be put."""
+    pipe = copy.copy(pipe)
+    pipe.register_modules(**{family_of(pipe).denoiser: denoiser_of(pipe)})
+    return pipe
+
+
+def _fill_slot(pipe: DiffusionPipeline, encoder: ConditioningEncoder, slot: str | None) -> None:
+    """Swap in an encoder whose weights stay float32, as they train, whatever the denoiser's are."""
+    denoiser = denoiser_of(pipe)
+    encoder.to(denoiser.device, torch.float32)
+    weights = None if denoiser.dtype == torch.float32 else copy.deepcopy(encoder.state_dict())
+    swap_text_encoder(pipe, encoder.to(denoiser.dtype), slot)
+    if weights is not None:
+        encoder.float().load_state_dict(weights)
+
+
+def _settings(scheduler: SchedulerMixin) -> str:
+    """What a scheduler samples by."""
+    return repr(sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_")))
 
 
 class _Trained(nn.Module):

@@ -88,6 +88,7 @@ def _answers(layer: Attention, queries: Tensor, tokens: Tensor) -> Tensor:
     Scaled dot-product attention written out: all prompts have the same queries, so that one product of a head has the
     scores of all, and fused attention on a CPU takes six times as long for heads as narrow as six or eight.
     """
+    tokens = tokens.to(layer.to_k.weight.dtype)
     queries, keys, values = (
         states.unflatten(-1, (layer.heads, -1)) for states in (queries, layer.to_k(tokens), layer.to_v(tokens))
     )

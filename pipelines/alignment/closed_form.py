@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,22 @@ class RidgeRegression:
 
 
 @torch.no_grad()
+def gives(linear: nn.Linear, run: Callable[[], Tensor], shape: Sequence[int]) -> bool:
+    """Whether what `run` gives, `(1, *shape)`, is a layer's own output, in front of other tokens or padding.
+
+    It is not where other encoders share the tensor, or a pipeline maps it further.
+    """
+    made: list[Tensor] = []
+    hook = linear.register_forward_hook(lambda module, inputs, output: made.append(output))
+    try:
+        given = run()
+    finally:
+        hook.remove()
+    front = given[:, : made[-1].shape[1]] if given.ndim == 3 else given
+    return given.shape[1:] == tuple(shape) and front.shape == made[-1].shape and torch.equal(front, made[-1])
+
+
+@torch.no_grad()
 def fit_last_layer(linear: nn.Linear, run: Callable[[], Iterable[Tensor]], penalty: float = 1e-3) -> None:
     """Set a linear layer to the ridge solution.
 
@@ -49,6 +65,10 @@ def fit_last_layer(linear: nn.Linear, run: Callable[[], Iterable[Tensor]], penal
         for target in run():
             inputs = seen.pop()
             seen.clear()
+            # A growing bridge reads a long text in parts, each of which is to say the whole.
+            target = target.repeat_interleave(len(inputs) // len(target), dim=0)
+            if target.ndim == 3:  # a pipeline pads the tokens of a batch, or puts others behind them
+                target = target[:, : inputs.shape[1]]
             regression.add(inputs, target.expand(*inputs.shape[:-1], -1))
     finally:
         hook.remove()

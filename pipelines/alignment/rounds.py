@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from textcond.pipelines.families import Conditioning, denoiser_of
+from textcond.pipelines.families import Conditioning, condition, denoiser_of, family_of
 from textcond.pipelines.trajectories import Visit, follow, replay
 
 
@@ -40,11 +40,33 @@ def visited(
     if "negative_prompt" in inspect.signature(pipe.__call__).parameters:
         # Left out, SDXL would take zeros instead of the empty prompt's states.
         options.setdefault("negative_prompt", [""] * len(prompts))
-    visits = follow(pipe, prompts, generator=generators, **options)
+    if _starts_from_a_picture(pipe):
+        options = {"image": _blank(pipe, len(prompts)), "strength": 1.0} | options
+    visits, even = follow(pipe, prompts, generator=generators, **options), family_of(pipe).even
+    said = None if even else condition(pipe, prompts)
     for visit in visits:
-        if visit.unconditional is None:
+        if said is not None:
+            visit.output = replay(denoiser_of(pipe), visit, said)
+        if visit.unconditional is None or not even:
             visit.unconditional = replay(denoiser_of(pipe), visit, _repeat(empty, len(prompts)))
     return visits
+
+
+def samples_alone(pipe: DiffusionPipeline) -> bool:
+    """Whether prompts are enough to sample with a pipeline, besides a blank picture that noise covers whole."""
+    needed = inspect.signature(pipe.__call__).parameters.keys() & {"image", "mask_image", "control_image"}
+    return not needed or _starts_from_a_picture(pipe)
+
+
+def _starts_from_a_picture(pipe: DiffusionPipeline) -> bool:
+    accepted = inspect.signature(pipe.__call__).parameters
+    return "image" in accepted and "strength" in accepted and not {"mask_image", "control_image"} & accepted.keys()
+
+
+def _blank(pipe: DiffusionPipeline, count: int) -> Tensor:
+    """Gray pictures of the size that the denoiser was trained for, `(count, 3, height, width)`."""
+    side = denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor
+    return torch.full((count, 3, side, side), 0.5)
 
 
 def effects(visits: Sequence[Visit]) -> Tensor:

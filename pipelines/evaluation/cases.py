@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from textcond.files import atomic_file
+from textcond.pipelines.alignment.prompts import LONGEST
 
 
 @dataclass
@@ -58,7 +59,7 @@ def read_cases(path: str | Path, limit: int | None = None) -> list[Case]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the line that is no case, or for a file without any.
+        ValueError: naming the line that is no case or too long, or for a file without any.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,9 +69,12 @@ def read_cases(path: str | Path, limit: int | None = None) -> list[Case]:
     with path.open(encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, start=1):
+                line = line.rstrip("\r\n")
                 if not line.strip():
                     continue
                 try:
+                    if len(line) > LONGEST:
+                        raise ValueError(f"{len(line):,} characters: write a case a line, of at most {LONGEST:,}")
                     case = parse(line)
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
@@ -111,5 +115,8 @@ def _from_json(line: str) -> Case:
 
 
 def _from_text(line: str) -> Case:
-    english, tab, other = line.rstrip("\r\n").partition("\t")
-    return Case(other.strip(), english.strip(), "other") if tab else Case(english.strip())
+    columns = [column.strip() for column in line.split("\t")]
+    if len(columns) > 2:
+        raise ValueError(f"{len(columns)} columns: write `prompt`, or `english TAB other`")
+    english, other = columns[0], columns[-1]
+    return Case(other, english, "other") if other and len(columns) > 1 else Case(english)

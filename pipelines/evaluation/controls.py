@@ -21,6 +21,8 @@ CONTROLS = {
     "untranslated": "the pipeline's own encoder reading the prompt in its own language",
     "raw": "the new backbone's states as they are, turned or zero-padded to the width",
     "random": "the new backbone under an untrained bridge",
+    "closed_form": "the first encoder after step 0 of its alignment, the ridge regression",
+    "tokens": "the first encoder after step 1 of its alignment, the losses between token states",
     "shuffled": "the pipeline's own encoder reading the English of another case",
 }
 
@@ -48,6 +50,9 @@ def random_encoder(
     options = {"bridge": like.config.bridge, "bridge_depth": like.config.bridge_depth, "layers": like.config.layers}
     if like.config.tokens:
         options["tokens"] = like.config.tokens
+    if like.config.chunk:
+        longest = like.tokenizer.model_max_length
+        options |= {"chunk": like.config.chunk, "prompt_length": min(longest, encoder.max_length or longest)}
     return make_encoder(pipe, encoder, slot=slot, **options)
 
 

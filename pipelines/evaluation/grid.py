@@ -10,6 +10,7 @@ from .cases import Case
 
 PROMPTS, LANGUAGES, COLUMNS = 4, 8, 8
 CELL, GAP, MARGIN = 112, 4, 150
+LONGEST = 200  # characters of a prompt that are shown
 
 
 def grid_blocks(cases: Sequence[Case]) -> list[list[int]]:
@@ -47,7 +48,8 @@ def _block(cases, indices: list[int], pictures) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     translated = len({cases[index].language for index in indices}) > 1
     if translated:
-        draw.text((4, 4), cases[indices[0]].english, fill="black", font=ImageFont.load_default(14))
+        title, large = cases[indices[0]].english, ImageFont.load_default(14)
+        draw.text((4, 4), shortened(title, sheet.width - 8, large), fill="black", font=large)
     for column, index in enumerate(indices):
         label = cases[index].language if translated else cases[index].english
         draw.text((MARGIN + column * pitch, 24), shortened(label, CELL, font), fill="black", font=font)
@@ -61,9 +63,16 @@ def _block(cases, indices: list[int], pictures) -> Image.Image:
 
 
 def shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """A text with its end left out where it is wider than `width` pixels."""
+    """A text on one line, with its end left out where it is wider than `width` pixels."""
+    text = brief(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
+
+
+def brief(text: str) -> str:
+    """A text on one line, with its end left out where it has more than `LONGEST` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

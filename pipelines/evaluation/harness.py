@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -38,6 +38,7 @@ from .grid import grid_blocks
 from .judges import Scores, shares_weights
 from .pictures import draw_pictures, latent_seed, pixel_spread
 from .report import Measured, Report
+from .stages import STAGES, earlier_states, set_state
 
 Judge = Callable[[Sequence[Image.Image], Sequence[Case]], Scores]
 
@@ -47,12 +48,18 @@ _TIMED_ENCODINGS, _TIMED_PICTURES = 7, 3
 
 @dataclass
 class _Row:
-    """One line of the report: an encoder (None: the pipeline's own) and the texts that it reads, one a case."""
+    """One line of the report: an encoder (None: the pipeline's own) and the texts that it reads, one a case.
+
+    Attributes:
+        times: whether its costs are no other row's.
+        state: what the encoder's alignment had trained so far; see `earlier_states`.
+    """
 
     name: str
     encoder: PreTrainedModel | str | Path | None
     texts: list[str]
     times: bool = True
+    state: Path | None = None
 
 
 def evaluate_conditioning(
@@ -83,9 +90,12 @@ def evaluate_conditioning(
         guidance: every classifier-free guidance to draw with.
         seeds: every seed to draw with; two or more show diversity.
         steps: denoising steps.
-        controls: names of `CONTROLS`; None takes every one that applies. "original" is always there.
+        controls: names of `CONTROLS`; None takes every one that applies. "original" is always there. Another, a bridge
+            of the same size on the original encoder, is aligned first, `align(pipe, retrieval_encoder(pipe), ...)`, and
+            given among `encoders`.
         backbone: the text encoder that the controls raw and random use, or its folder or hub id; that of the first
-            encoder, if it is a ConditioningEncoder, when left out.
+            encoder, if it is a ConditioningEncoder, when left out. The controls closed_form and tokens are the first
+            encoder's own.
         slot: which of the pipeline's encoders is replaced; None for all, as in `swap_text_encoder`.
         cache: folder where finished pictures and numbers are kept: the same call goes on where it was interrupted.
         batch_size: prompts at once.
@@ -124,7 +134,7 @@ def evaluate_conditioning(
     ):
         for row in rows:
             bar.set_description(row.name)
-            with _installed(pipe, row.encoder, slot):
+            with _installed(pipe, row, slot):
                 base = settings | {"encoder": _encoder_key(pipe)}
                 if row.times:
                     notes += _relatives(judge, row.name, {"text encoder": nn.ModuleList(e for e, _ in _slots(pipe))})
@@ -215,6 +225,16 @@ def _rows(pipe, encoders, cases, controls, backbone, slot) -> list[_Row]:
             rows.append(_Row("random", random_encoder(pipe, text_encoder, like, slot), prompts))
     elif controls and wanted & {"raw", "random"}:
         raise ValueError("the controls raw and random need a new backbone: pass an encoder, or backbone=...")
+    name, first = next(iter(encoders.items()), ("no encoder", None))
+    states = earlier_states(first) if wanted & set(STAGES) and isinstance(first, (str, Path)) else {}
+    for stage in STAGES:
+        if stage in wanted and stage in states:
+            rows.append(_Row(stage, first, prompts, times=False, state=states[stage]))
+        elif stage in wanted and controls:
+            raise ValueError(
+                f"the control {stage} is the first encoder after that step of its alignment, and {name} keeps no such "
+                "state: put first a folder of `textcond align` that had a later step too, and no adapter"
+            )
     if "shuffled" in wanted and (controls or len({case.subject for case in cases}) > 1):
         rows.append(_Row("shuffled", None, shuffled_texts(cases), times=False))
     return rows
@@ -234,8 +254,13 @@ def _backbone(pipe, encoders, backbone) -> tuple[ConditioningEncoder | None, Tex
     return like, backbone
 
 
-def _installed(pipe: DiffusionPipeline, encoder: Any, slot: str | None):
-    return nullcontext(pipe) if encoder is None else swapped(pipe, encoder, slot)
+@contextmanager
+def _installed(pipe: DiffusionPipeline, row: _Row, slot: str | None) -> Iterator[None]:
+    with nullcontext() if row.encoder is None else swapped(pipe, row.encoder, slot):
+        if row.state is not None:
+            (encoder, *_) = (encoder for encoder, _ in _slots(pipe) if isinstance(encoder, ConditioningEncoder))
+            set_state(row.state, encoder, *_connectors(pipe))
+        yield
 
 
 def _slots(pipe: DiffusionPipeline) -> list[tuple[nn.Module, Any]]:
@@ -315,7 +340,16 @@ def _time(pipe, text: str, steps: int, guidance: float, measured: Measured) -> N
 
 def _conditionings(pipe, texts: list[str], batch_size: int) -> Conditioning:
     given = [condition(pipe, texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
-    return {name: torch.cat([one[name] for one in given]) for name in given[0]}
+    return {name: _stacked([one[name] for one in given]) for name in given[0]}
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Batches after one another; one with fewer tokens repeats them, as a growing encoder does within a batch.
+
+    Its lengths are powers of two of one length, and to cross-attention all tokens twice are the same as once.
+    """
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.cat([part] * (longest // part.shape[1]), dim=1) for part in parts])
 
 
 def _distances(

@@ -19,7 +19,7 @@ from textcond.files import atomic_file, write_mark
 from .cases import Case
 from .controls import ORIGINAL
 from .distance import share, share_interval
-from .grid import grid_blocks, picture_grid
+from .grid import brief, grid_blocks, picture_grid
 from .plots import line_chart
 
 ALL = "all"
@@ -243,7 +243,7 @@ class Report:
     def _prompts_shown(self) -> str:
         lines = []
         for block in grid_blocks(self.cases):
-            prompts = [f"{self.cases[index].language}: {self.cases[index].prompt}" for index in block]
+            prompts = [f"{self.cases[index].language}: {brief(self.cases[index].prompt)}" for index in block]
             lines.append(f"- {' | '.join(prompts)}\n")
         return "".join(lines)
 

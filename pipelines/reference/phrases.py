@@ -130,6 +130,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "please make {name}|, {style} design|, and let the background be {colour}",
         "{style}: |{name}|, surrounded by {colour}",
         "an icon of {name}|, as from {style}|, the background should be {colour}",
+        "show me {name}| on a plain {colour} background|, {style} art",
+        "{name} emoji| from the {style} set|, {colour} canvas",
     ),
     "ja": (
         "{colour}背景の|{style}スタイルの|{name}",
@@ -139,6 +141,10 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "{name}を作って|、{style}っぽく|、背景色は{plain}",
         "背景を{plain}にした|{name}|、{style}",
         "{style}の雰囲気で|{name}|、まわりは{plain}",
+        "{name}のイラスト|({style})|。背景の色:{plain}",
+        "{style}スタイルで|{name}を見せて|。{colour}背景",
+        "{name}がほしい|、{style}っぽいの|、{plain}の背景",
+        "かわいい{name}|、{style}ふう|、背景は{plain}で",
     ),
     "de": (
         "{name}| mit {colour} Hintergrund| im Stil von {style}",
@@ -148,6 +154,10 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "mach mir {name}|, Stil {style}|, der Hintergrund soll {plain} sein",
         "{name}|, {style}|, alles drumherum {plain}",
         "{plain} als Hintergrundfarbe, |{name}|, wie {style}",
+        "zeig mir {name}| in {style}-Optik|, Hintergrundfarbe {plain}",
+        "ich hätte gern {name}|, {style}|, hinten {plain}",
+        "{name} vor {colour} Hintergrund| ({style})",
+        "ein Symbol für {name}|, {style}-Design|, drumherum alles {plain}",
     ),
     "fr": (
         "{name}| avec un fond {colour}| dans le style de {style}",
@@ -156,6 +166,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "peux-tu dessiner {name}| à la manière de {style}| avec un fond {colour}",
         "fais-moi {name}|, façon {style}|, le fond doit être {plain}",
         "{plain} tout autour, |{name}|, comme {style}",
+        "montre-moi {name}| version {style}|, couleur de fond {plain}",
+        "dessin de {name}|, {style}|, arrière-plan {colour}",
     ),
     "es": (
         "{name}| con fondo {colour}| al estilo de {style}",
@@ -164,6 +176,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "dibuja por favor {name}| como lo haría {style}| con el fondo {colour}",
         "hazme {name}|, tipo {style}|, que el fondo sea {plain}",
         "todo {plain} alrededor, |{name}|, como {style}",
+        "muéstrame {name}| versión {style}|, color de fondo {plain}",
+        "dibujo de {name}|, {style}|, de fondo {colour}",
     ),
     "pt": (
         "{name}| com fundo {colour}| no estilo de {style}",
@@ -172,6 +186,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "desenhe por favor {name}| como {style} faria| com o fundo {colour}",
         "faça {name}|, tipo {style}|, o fundo deve ser {plain}",
         "tudo {plain} em volta, |{name}|, como {style}",
+        "mostre-me {name}| versão {style}|, cor de fundo {plain}",
+        "desenho de {name}|, {style}|, ao fundo {colour}",
     ),
     "zh": (
         "{colour}背景的|{style}风格|{name}",
@@ -181,6 +197,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "我要一个{name}|,{style}的样式|,周围都是{plain}",
         "{plain}底,|{name}|,{style}",
         "{name}图标|,{style}设计|,背景颜色是{plain}",
+        "给我看{name}|,{style}款|,{colour}背景",
+        "{name}表情|,{style}|,后面是{plain}",
     ),
     "ru": (
         "{name}| в стиле {style}| на {colour} фоне",
@@ -189,6 +207,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "нарисуй, пожалуйста, {name}|, как {style}|, и всё это на {colour} фоне",
         "сделай {name}|, в духе {style}|, цвет фона {plain}",
         "{name}|, {style}|, фон {plain}",
+        "покажи {name}| в виде {style}|, цвет позади {plain}",
+        "иконка: {name}|, {style}|, на {colour} фоне",
     ),
     "ar": (
         "{name}| على خلفية {colour}| بأسلوب {style}",
@@ -197,6 +217,13 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "أريد {name}| كما في {style}|، مع خلفية {colour}",
         "رمز {name}|، تصميم {style}|، لون الخلفية {plain}",
         "اصنع لي {name}| على طراز {style}|، وحوله لون {plain}",
+        "أعطني صورة {name}| بنمط {style}| مع خلفية {colour}",
+        "{name} مرسوم| على نمط {style}|، خلفيته {plain}",
+        "لوحة فيها {name}|، من طراز {style}|، خلفها {plain}",
+        "من فضلك {name}| مثل {style}| فوق خلفية {colour}",
+        "رسم {name}|، {style}|، لون ما حوله {plain}",
+        "هات {name}| كأنه من {style}|، خلفية {colour}",
+        "صمّم {name}| على هيئة {style}|، خلفية باللون {plain}",
     ),
     "hi": (
         "{colour} पृष्ठभूमि पर |{style} शैली में |{name}",
@@ -205,6 +232,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "कृपया {name} बनाइए|, {style} की तरह|, {colour} पृष्ठभूमि पर",
         "{name} बना दो|, {style} के ढंग में|, पीछे का रंग {plain}",
         "{name}|, {style}|, चारों ओर {plain}",
+        "मुझे {name} दिखाओ|, {style} वाला|, पृष्ठभूमि का रंग {plain}",
+        "{name} की तस्वीर|, {style}|, {colour} पृष्ठभूमि के साथ",
     ),
     "ko": (
         "{colour} 배경의 |{style} 스타일의 |{name}",
@@ -213,6 +242,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "{colour} 배경으로 |{name} 그려 주세요|, {style}처럼",
         "{name} 만들어 줘|, {style} 느낌으로|, 배경색은 {plain}",
         "{plain} 바탕에 |{name}|, {style}",
+        "{name} 이모지|, {style} 디자인|, 배경색 {plain}",
+        "{name} 보여 줘|, {style}풍|, {colour} 배경",
     ),
     "it": (
         "{name}| con sfondo {colour}| nello stile di {style}",
@@ -221,6 +252,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "disegna per favore {name}| come farebbe {style}| con lo sfondo {colour}",
         "fammi {name}|, tipo {style}|, lo sfondo deve essere {plain}",
         "tutto {plain} intorno, |{name}|, come {style}",
+        "mostrami {name}| versione {style}|, colore di sfondo {plain}",
+        "disegno di {name}|, {style}|, fondo {colour}",
     ),
     "tr": (
         "{colour} arka planlı |{style} tarzında |{name}",
@@ -229,6 +262,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "lütfen {name} çiz|, {style} gibi|, {colour} arka planla",
         "bana {name} yap|, {style} havasında|, arka plan rengi {plain} olsun",
         "{plain} zeminde |{name}|, {style}",
+        "bana {name} göster|, {style} stili|, arka rengi {plain}",
+        "{name} çizimi|, {style}|, {colour} arka plan üzerinde",
     ),
     "pl": (
         "{name}| z {colour} tłem| w stylu {style}",
@@ -237,6 +272,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "narysuj, proszę, {name}| tak jak {style}|, na {colour} tle",
         "zrób {name}|, na modłę {style}|, kolor tła {plain}",
         "{name}|, {style}|, kolorem tła jest {plain}",
+        "pokaż mi {name}| w wersji {style}|, tło koloru {plain}",
+        "ikona: {name}|, {style}|, w tle {plain}",
     ),
     "vi": (
         "{name}| trên nền {colour}| theo phong cách {style}",
@@ -245,6 +282,8 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "hãy vẽ {name}| giống {style}|, với nền {colour}",
         "làm cho tôi {name}|, kiểu dáng {style}|, màu nền là {plain}",
         "{name}|, {style}|, xung quanh toàn màu {plain}",
+        "cho tôi xem {name}|, bản {style}|, màu phía sau {plain}",
+        "tranh {name}|, {style}|, nền màu {plain}",
     ),
 }
 
