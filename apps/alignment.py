@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .metadata import REFERENCE
+from .metadata import NATIVE, REFERENCE
 from .quiet import quiet_libraries
 
 REPORTED = 12  # held-out prompts that are drawn for the report
@@ -18,7 +18,13 @@ REPORTED = 12  # held-out prompts that are drawn for the report
 
 def align(
     encoder: Annotated[
-        str, typer.Option("--encoder", "-e", metavar="FOLDER|ID", help="Text encoder, or one that was aligned before.")
+        str,
+        typer.Option(
+            "--encoder",
+            "-e",
+            metavar="FOLDER|ID",
+            help="Text encoder, or one that was aligned before; native is a copy of the pipeline's own.",
+        ),
     ],
     prompts: Annotated[
         Path, typer.Option(metavar="FILE", help="A prompt a line, or english<TAB>other language; many thousands help.")
@@ -74,6 +80,9 @@ def align(
     cache_limit: Annotated[float, typer.Option(min=0, help="Gigabytes of disk for the teacher's states.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; a GPU if there is one.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the pipeline, float32 or bfloat16; what is trained is float32.")
+    ] = "float32",
     mixed_precision: Annotated[str, typer.Option(help="no or bf16, for the denoiser.")] = "no",
     report: Annotated[bool, typer.Option(help="Draw held-out prompts before and after, into OUT/report.")] = True,
 ) -> None:
@@ -84,7 +93,7 @@ def align(
     from textcond.pipelines.alignment import align as run
     from textcond.pipelines.evaluation import Case, evaluate_conditioning
 
-    from .loading import find_encoder, load_pipeline
+    from .loading import load_pipeline
 
     try:
         low, high = (float(part) for part in guidance.split(","))
@@ -113,10 +122,8 @@ def align(
         mixed_precision=mixed_precision,
     )
     out = out.expanduser()
-    pipe = load_pipeline(pipeline, device=device, dtype="float32")
-    run(
-        pipe, _load(find_encoder(encoder)), prompts, out, options, held_out=held_out, pictures=pictures, anchors=anchors
-    )
+    pipe = load_pipeline(pipeline, device=device, dtype=dtype)
+    run(pipe, _load(encoder, pipe), prompts, out, options, held_out=held_out, pictures=pictures, anchors=anchors)
     if report and not hasattr(pipe, "image_processor"):
         print(f"no report: {type(pipe).__name__} makes no pictures", file=sys.stderr)
     elif report:
@@ -135,12 +142,17 @@ def align(
     print(out)
 
 
-def _load(folder: str | os.PathLike):
+def _load(name: str, pipe):
     """A ConditioningEncoder to go on with, or a text encoder that gets a bridge."""
     from textcond import TextEncoder
     from textcond.folders import model_folder, read_json
+    from textcond.pipelines import retrieval_encoder
 
-    found = model_folder(folder)
+    from .loading import find_encoder
+
+    if name == NATIVE:
+        return copy.deepcopy(retrieval_encoder(pipe))
+    found = model_folder(find_encoder(name))
     config = found / "config.json"
     if config.is_file() and read_json(config).get("model_type") == "textcond_conditioning":
         import torch

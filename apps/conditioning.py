@@ -63,8 +63,8 @@ def conditioning(
 
     Ctrl-C is safe: the same command goes on, from the pictures that are finished.
 
-    What a bridge of the same size makes of the pipeline's own encoder is one more control: align a folder with the
-    files of PIPELINE/text_encoder and of PIPELINE/tokenizer, and name it among the encoders.
+    What a bridge of the same size makes of the pipeline's own encoder is one more control: align it, `textcond align
+    --encoder native`, and name that folder among the encoders.
     """
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="textcond: %(message)s")

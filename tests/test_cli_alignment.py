@@ -55,6 +55,15 @@ def test_one_command_makes_a_folder_that_swaps_in_and_a_report_with_pictures(run
                          "--out", "again", "--steps", "2", "--limit", "2", "--controls", "shuffled")  # fmt: skip
     assert code == 0, err
     assert "shuffled" in (folder / "again" / "report.md").read_text()
+    # a bridge of the same size on the pipeline's own encoder
+    native = tuple("native" if word == "encoder" else word for word in ALIGN)
+    code, out, err = run(*native, *SHORT, "--dtype", "bfloat16", "--out", "native", "--no-report")
+    assert code == 0, err
+    code, out, err = run("eval", "conditioning", "-p", "pipeline", "-e", "aligned,native", "--prompts", "prompts.txt",
+                         "--out", "all", "--steps", "2", "--limit", "2")  # fmt: skip
+    assert code == 0, err
+    report = (folder / "all" / "report.md").read_text()
+    assert all(f"| {row} |" in report for row in ("original", "raw", "random", "closed_form", "tokens", "native"))
     further = tuple("aligned" if word == "encoder" else word for word in ALIGN)
     code, out, err = run(*further, *SHORT, "--out", "further", "--no-report")
     assert code == 0, err
