@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
@@ -282,6 +283,13 @@ def _sana(pipe: DiffusionPipeline, texts: list[str]) -> Conditioning:
         name: call_default(pipe, name) for name in ("clean_caption", "max_sequence_length", "complex_human_instruction")
     }
     embeds, mask, _, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, **options)
+    if "" in texts:
+        # The empty prompt is the negative one of guidance, which its call gives no instruction.
+        options["complex_human_instruction"] = None
+        bare, bare_mask, _, _ = pipe.encode_prompt([""], do_classifier_free_guidance=False, **options)
+        empty = torch.tensor([text == "" for text in texts], device=embeds.device)
+        embeds = torch.where(empty[:, None, None], bare, embeds)
+        mask = torch.where(empty[:, None], bare_mask, mask)
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 

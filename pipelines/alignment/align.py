@@ -202,11 +202,12 @@ class Aligner:
 
     def _closed_form(self, sample: np.ndarray) -> None:
         """Step 0: every last layer that maps to a tensor of the conditioning."""
+        text = min(self.training.teacher, key=len)
         size = self.options.batch_size if family_of(self.student_pipe).even else 1
         for name, facts in self.known.items():
             bridge = self.connector or self.encoder.bridge
             layer = getattr(bridge if facts.mean.ndim == 2 else self.encoder.pooled_bridge, "out_proj", None)
-            if layer is None or not gives(layer, lambda name=name: self._say([""])[name], facts.mean.shape):
+            if layer is None or not gives(layer, lambda name=name: self._say([text])[name], facts.mean.shape):
                 continue
 
             def run(name: str = name) -> Iterable[Tensor]:

@@ -65,7 +65,7 @@ def _starts_from_a_picture(pipe: DiffusionPipeline) -> bool:
 
 def _blank(pipe: DiffusionPipeline, count: int) -> Tensor:
     """Gray pictures of the size that the denoiser was trained for, `(count, 3, height, width)`."""
-    side = denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor
+    side = (denoiser_of(pipe).config.get("sample_size") or pipe.default_sample_size) * pipe.vae_scale_factor
     return torch.full((count, 3, side, side), 0.5)
 
 
