@@ -154,7 +154,8 @@ def make_encoder(
         A ConditioningEncoder, WithProjection where the slot reads the pooled vector first.
 
     Raises:
-        ValueError: for an unknown slot, or one that the pipeline's other slots leave no room for.
+        ValueError: for an unknown slot, one that the pipeline's other slots leave no room for, or `tokens` where the
+            pipeline leaves no choice.
     """
     targets = _targets(pipe, slot)
     serving = [one.name for one in targets]
@@ -173,6 +174,11 @@ def make_encoder(
         bridge, width, options = "linear", pooled_width, options | {"tokens": padded}
     elif reading.keeps_length and bridge == "resampler":
         bridge = "mlp"
+    if reading.keeps_length and reading.length == "max_sequence_length" and options.get("tokens"):
+        raise ValueError(
+            f"tokens={options['tokens']}: a {type(pipe).__name__} says itself to how many tokens prompts are padded, "
+            "and gives the denoiser their mask: leave tokens out"
+        )
     options.setdefault("tokens", output_length(getattr(pipe, reading.name), padded))
     encoder = reading.encoder_class.from_text_encoder(
         text_encoder, bridge=bridge, width=width, pooled_width=pooled_width, **options

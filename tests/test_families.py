@@ -234,6 +234,8 @@ def test_a_bridge_that_keeps_the_length_where_the_mask_goes_to_the_denoiser():
     pipe = pixart()
     assert make_encoder(pipe, text_encoder("t5")).config.bridge == "mlp"
     assert make_encoder(pipe, text_encoder("t5"), bridge="linear").config.bridge == "linear"
+    with pytest.raises(ValueError, match="tokens=10: a PixArtAlphaPipeline says itself"):
+        make_encoder(pipe, text_encoder("t5"), tokens=10)
     with pytest.raises(ValueError, match=r'gives 12 tokens whatever the length of the text.*bridge="mlp"'):
         swap_text_encoder(pipe, conditioning())
 
