@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import logging
 import sys
 from pathlib import Path
@@ -126,6 +126,8 @@ def align(
     run(pipe, _load(encoder, pipe), prompts, out, options, held_out=held_out, pictures=pictures, anchors=anchors)
     if report and not hasattr(pipe, "image_processor"):
         print(f"no report: {type(pipe).__name__} makes no pictures", file=sys.stderr)
+    elif report and "image" in inspect.signature(pipe.__call__).parameters:
+        print(f"no report: {type(pipe).__name__} draws after a picture, and there is none", file=sys.stderr)
     elif report:
         from textcond.folders import read_json
 
@@ -151,7 +153,12 @@ def _load(name: str, pipe):
     from .loading import find_encoder
 
     if name == NATIVE:
-        return copy.deepcopy(retrieval_encoder(pipe))
+        try:
+            return retrieval_encoder(pipe)
+        except ValueError:
+            raise ValueError(
+                f"--encoder native: a {type(pipe).__name__} has no CLIP text encoder: give a folder or hub id"
+            ) from None
     found = model_folder(find_encoder(name))
     config = found / "config.json"
     if config.is_file() and read_json(config).get("model_type") == "textcond_conditioning":

@@ -34,9 +34,10 @@ Component = Callable[[str], Any]
 def _audioldm2(pipe: DiffusionPipeline, texts: list[str]) -> Conditioning:
     # Its language model counts padding as places, so that a text would read otherwise beside a longer one: each goes
     # with those of its own length, and all are padded to the same at the end.
-    tokenizer = pipe.tokenizer_2
-    longest = tokenizer.model_max_length
-    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=longest).input_ids]
+    longest = pipe.tokenizer_2.model_max_length
+    tokenizers = [one for one in (pipe.tokenizer, pipe.tokenizer_2) if not isinstance(one, RobertaTokenizerFast)]
+    ids = [one(texts, truncation=True, max_length=one.model_max_length).input_ids for one in tokenizers]
+    lengths = [tuple(map(len, each)) for each in zip(*ids)]
     rows: list[Conditioning | None] = [None] * len(texts)
     for length in set(lengths):
         places = [place for place, own in enumerate(lengths) if own == length]

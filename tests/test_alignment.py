@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from textcond import ConditioningEncoder
-from textcond.pipelines import loop, swap_text_encoder
+from textcond.pipelines import loop, retrieval_encoder, swap_text_encoder
 from textcond.pipelines.alignment import AlignmentOptions, align, read_prompts
 from textcond.pipelines.alignment.attention import AttentionProbe
 from textcond.pipelines.alignment.closed_form import RidgeRegression
@@ -115,6 +115,15 @@ def test_beyond_its_limit_nothing_is_written(tmp_path):
     found = states([0, 10])["encoder_hidden_states"]
     assert torch.allclose(found, condition(pipe, [texts[0], texts[10]])["encoder_hidden_states"], atol=2e-3)
     assert np.flatnonzero(states.done).tolist() == [0]
+
+
+def test_another_limit_makes_another_cache(tmp_path):
+    pipe, texts = tiny.stable_diffusion(), prompts(20)
+    TeacherStates(pipe, texts, tmp_path, limit=2 * 77 * 32 * 2)([0])
+    states = TeacherStates(pipe, texts, tmp_path, limit=1e9)
+    assert states.kept == 20
+    found = states([0, 10])["encoder_hidden_states"]
+    assert torch.allclose(found, condition(pipe, [texts[0], texts[10]])["encoder_hidden_states"], atol=2e-3)
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
@@ -337,6 +346,29 @@ def test_a_bfloat16_pipeline_trains_float32_weights(tmp_path):
     assert distances[1] == pytest.approx(distances[0], rel=0.1)
 
 
+def test_a_bfloat16_pipeline_leaves_every_value_of_the_encoder(tmp_path):
+    pipe, text_encoder = tiny.stable_diffusion().to(torch.bfloat16), tiny.text_encoder("mistral")
+    values = {name: value.clone() for name, value in text_encoder.backbone.named_buffers()}
+    assert values  # of rotary positions, which no state_dict has
+    none = {"token_steps": 0, "denoiser_steps": 0, "closed_form_prompts": 0}
+    align(pipe, text_encoder, prompts(), tmp_path, AlignmentOptions(**SHORT | none))
+    assert all(torch.equal(value, values[name]) for name, value in text_encoder.backbone.named_buffers())
+    narrow = ConditioningEncoder.from_text_encoder(text_encoder, width=16, tokens=77)
+    with pytest.raises(ValueError, match="16"):
+        align(pipe, narrow, prompts(), tmp_path / "other", AlignmentOptions(**SHORT))
+    assert narrow.dtype == torch.float32
+
+
+def test_a_pipeline_is_aligned_to_its_own_encoder_and_keeps_it(tmp_path):
+    pipe = tiny.stable_diffusion()
+    before = {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}
+    options = AlignmentOptions(**SHORT | {"train_backbone": True})
+    align(pipe, retrieval_encoder(pipe), prompts(), tmp_path, options)
+    after = pipe.text_encoder.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in pipe.text_encoder.parameters())
+
+
 def test_a_float16_pipeline_is_told_what_to_load(tmp_path):
     pipe = tiny.stable_diffusion().to(torch.float16)
     with pytest.raises(ValueError, match="load the pipeline in bfloat16 or float32"):
@@ -368,9 +400,9 @@ def test_a_compiled_denoiser_is_aligned_like_its_own_layers(tmp_path):
 )
 def test_a_pipeline_that_starts_from_a_picture_is_aligned_from_noise(tmp_path, make):
     pipe = make()
-    options = AlignmentOptions(**SHORT | {"call": {}, "learning_rate": 1e-3})
+    options = AlignmentOptions(**SHORT | {"learning_rate": 1e-3})
     align(pipe, tiny.text_encoder("t5"), prompts(300), tmp_path / "aligned", options)
-    none = AlignmentOptions(**SHORT | {"call": {}, "token_steps": 0, "denoiser_steps": 0, "closed_form_prompts": 0})
+    none = AlignmentOptions(**SHORT | {"token_steps": 0, "denoiser_steps": 0, "closed_form_prompts": 0})
     align(pipe, tiny.text_encoder("t5"), prompts(300), tmp_path / "none", none)
     assert held_out(tmp_path / "aligned") < held_out(tmp_path / "none")
     swap_text_encoder(pipe, tmp_path / "aligned")
@@ -472,13 +504,36 @@ def test_a_folder_begun_otherwise_is_refused(tmp_path):
     with pytest.raises(ValueError, match="begun with another encoder"):
         align(tiny.stable_diffusion(), another, prompts(), tmp_path, AlignmentOptions(**SHORT))
     pipe = tiny.stable_diffusion()
-    pipe.scheduler.register_to_config(beta_end=0.03)
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
         pipe.unet.conv_out.bias.add_(1)
     with pytest.raises(ValueError, match="begun with another denoiser, scheduler"):
         align(pipe, tiny.text_encoder("bert"), prompts(), tmp_path, AlignmentOptions(**SHORT))
     with pytest.raises(ValueError, match="begun with another prompts"):
         align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(50), tmp_path, AlignmentOptions(**SHORT))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"clip_skip": 1}, "clip_skip in the call"),
+        ({"guidance_scale": 3.0}, "guidance_scale in the call"),
+        ({"latents": torch.zeros(1)}, "cannot be kept"),
+        ({"depth": 3}, "takes no depth"),
+    ],
+)
+def test_a_call_that_would_change_the_question_is_refused(tmp_path, call, message):
+    options = AlignmentOptions(**SHORT | {"call": SIZE | call})
+    with pytest.raises(ValueError, match=message):
+        align(tiny.stable_diffusion(), tiny.text_encoder("bert"), prompts(), tmp_path, options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tuples_in_the_call_are_the_same_when_it_goes_on(tmp_path):
+    pipe = tiny.stable_diffusion_xl()
+    options = AlignmentOptions(**SHORT | {"call": SIZE | {"original_size": (16, 16)}})
+    align(pipe, tiny.text_encoder("bert"), prompts(), tmp_path, options)
+    align(pipe, tiny.text_encoder("bert"), prompts(), tmp_path, options)
 
 
 def test_a_call_that_failed_leaves_the_folder_to_the_mended_one(tmp_path):

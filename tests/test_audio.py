@@ -106,9 +106,17 @@ def test_condition_is_what_the_denoiser_was_given(case):
 
 def test_a_text_conditions_alike_beside_a_longer_one(case):
     pipe, _ = swapped(case)
-    alone, beside = condition(pipe, PROMPTS[1:]), condition(pipe, PROMPTS)
-    for name, states in alone.items():
-        torch.testing.assert_close(states[0], beside[name][1])
+    texts = [PROMPTS[0], "a drum", "drums", "d rum"]  # of which some are as long in letters and not in words
+    beside = condition(pipe, texts)
+    for place, text in enumerate(texts):
+        for name, states in condition(pipe, [text]).items():
+            torch.testing.assert_close(states[0], beside[name][place])
+
+
+def test_a_bfloat16_projection_is_told_to_be_float32(tmp_path):
+    pipe = tiny_audio.stable_audio().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="load the pipeline in float32"):
+        align(pipe, tiny.text_encoder("bert"), ["rain", "drums", "wind"], tmp_path)
 
 
 def test_every_audio_slot_is_aligned_and_the_folder_swaps_in(case, tmp_path):

@@ -2,9 +2,10 @@
 
 import json
 
+import diffusers
 import pytest
 import tiny_reference
-from tiny import text_encoder
+from tiny import stable_diffusion, text_encoder
 
 from textcond.apps.cli import main
 from textcond.pipelines import swap_text_encoder
@@ -87,6 +88,16 @@ def test_bad_input_is_one_line_and_nothing_is_left_behind(run, folder, changes, 
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not (folder / "bad" / "config.json").exists()
+
+
+def test_what_draws_after_a_picture_is_aligned_without_a_report(run, folder):
+    pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(stable_diffusion())
+    pipe.save_pretrained(folder / "image-to-image")
+    given = tuple("image-to-image" if word == "pipeline" else word for word in ALIGN)
+    code, _, err = run(*given, *SHORT, "--height", "16", "--width", "16", "--out", "after-pictures")
+    assert code == 0, err
+    assert "no report: StableDiffusionImg2ImgPipeline draws after a picture" in err
+    swap_text_encoder(stable_diffusion(), folder / "after-pictures")
 
 
 def test_an_encoder_is_reported_through_its_connector_and_may_have_any_name(run, folder):

@@ -272,6 +272,20 @@ def test_a_step_that_an_alignment_did_not_keep_is_no_control(tmp_path, cases):
         set_state(earlier_states(ended)["closed_form"], conditioning(tokens=5))
 
 
+def test_a_step_is_shown_in_its_own_slot_and_the_other_is_left_alone(tmp_path, cases):
+    pipe = stable_diffusion_xl()
+    swap_text_encoder(pipe, make_encoder(pipe, text_encoder("bert"), slot="text_encoder"), "text_encoder")
+    before = {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}
+    options = AlignmentOptions(**{**SHORT, "held_out": 2, "slot": "text_encoder_2"})
+    lines = ["a red fox", "a dog", "the bird", "a house"]
+    align(pipe, text_encoder("bert"), lines, tmp_path / "second", options)
+    report = evaluate_conditioning(
+        pipe, [tmp_path / "second"], cases[:1], controls=["tokens"], slot="text_encoder_2", **QUICK
+    )
+    assert "tokens" in report.rows
+    assert all(torch.equal(value, before[name]) for name, value in pipe.text_encoder.state_dict().items())
+
+
 def test_the_original_encoder_gets_a_bridge_of_the_same_size_to_be_compared_with(tmp_path, cases):
     pipe = stable_diffusion()
     pipe.save_pretrained(tmp_path / "pipe")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -17,12 +18,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from torch import Tensor, nn
 
 from textcond import ConditioningEncoder, TextEncoder
 from textcond.files import read_tensors, write_mark, write_tensors
 from textcond.folders import read_json
-from textcond.pipelines.contracts import inspect_pipeline
+from textcond.pipelines.contracts import inspect_pipeline, slots_of
 from textcond.pipelines.denoisers import TimestepAwareUNet
 from textcond.pipelines.families import Conditioning, condition, denoiser_of, family_of
 from textcond.pipelines.loop import Validation, fit, share, step_generator
@@ -37,13 +39,15 @@ from .losses import contrast, regression, statistics
 from .options import AlignmentOptions
 from .pictures import CaptionedPictures, denoiser_error
 from .prompts import AlignmentPrompts, read_prompts
-from .rounds import Visit, effects, mixed, samples_alone, visited
+from .rounds import SIZE, Visit, effects, mixed, samples_alone, starts_from_a_picture, visited
 from .teacher import TeacherStates, fingerprint, weights_hash
 
 PROBED_PROMPTS = 16  # whose trajectories give the queries of the attention loss
 POOL = 16  # batches that are drawn together and sorted by length
 ADAM_RATE = 1e-3  # of biases, norms and queries, at the most
+MEASURED = 2**28  # values of the teacher's, at the most, of which mean and variance are taken
 HASHED = 1024  # values of each tensor of the denoiser
+SAMPLED = ("num_inference_steps", "guidance_scale", "generator", "output_type", "image", "strength", "return_dict")
 CHUNK = 32  # held-out prompts that are asked at a time
 
 
@@ -125,6 +129,8 @@ class Aligner:
         self.options, self.out = options, out
         _check(pipe, encoder, options)
         pipe = _uncompiled(pipe)
+        if _is_of(pipe, encoder):
+            encoder = copy.deepcopy(encoder)  # the teacher stays as it is
         self.pictures = None if pictures is None else CaptionedPictures(pipe, pictures)
         device = denoiser_of(pipe).device
         # Its autocast would be one for the whole process; the denoiser's precision is chosen below.
@@ -167,7 +173,8 @@ class Aligner:
             self.states = TeacherStates(self.teacher_pipe, self.training.teacher, folder, options.cache_limit * 1e9)
         rng = np.random.default_rng([options.seed, 1])
         sample = rng.permutation(len(self.training.teacher))[: max(256, options.closed_form_prompts)]
-        self.known = statistics(self.states(sample[:2048]))
+        largest = max(tensor[0].numel() for tensor in self.states.empty.values())
+        self.known = statistics(self.states(sample[: max(64, min(2048, MEASURED // largest))]))
         self._prepare_held_out()
         self._prepare_probe(sample[:PROBED_PROMPTS])
         # The teacher has sampled once: what it cannot do has been told, and the folder may be begun otherwise.
@@ -176,8 +183,7 @@ class Aligner:
         fitted = (work / "closed-form.safetensors").is_file()
         self.accelerator.wait_for_everyone()  # before the first process writes it
         if options.closed_form_prompts and not fitted:
-            self._closed_form(sample)
-            if self.accelerator.is_main_process:
+            if self._closed_form(sample) and self.accelerator.is_main_process:
                 write_tensors(work / "closed-form.safetensors", self.trained.state_dict())
             self.accelerator.wait_for_everyone()
         elif options.closed_form_prompts:
@@ -200,8 +206,9 @@ class Aligner:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def _closed_form(self, sample: np.ndarray) -> None:
-        """Step 0: every last layer that maps to a tensor of the conditioning."""
+    def _closed_form(self, sample: np.ndarray) -> bool:
+        """Step 0: every last layer that maps to a tensor of the conditioning. Whether there was one."""
+        fitted = False
         text = min(self.training.teacher, key=len)
         size = self.options.batch_size if family_of(self.student_pipe).even else 1
         for name, facts in self.known.items():
@@ -217,6 +224,8 @@ class Aligner:
                     yield self.states(batch)[name]
 
             fit_last_layer(layer, run)
+            fitted = True
+        return fitted
 
     def _token_step(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         """Step 1: the student's token states and pooled vectors against the teacher's."""
@@ -493,6 +502,7 @@ class Aligner:
             "anchors": anchors and anchors.fingerprint(),
         }
         now.pop("save_every")
+        now = json.loads(json.dumps(now))  # as it is read back
         if file.is_file():
             before = read_json(file)
             if different := [name for name in now if now[name] != before.get(name)]:
@@ -520,9 +530,28 @@ def _check(pipe: DiffusionPipeline, encoder: TextEncoder | ConditioningEncoder, 
     problems = [problem for contract in inspect_pipeline(pipe) for problem in contract.problems]
     if problems:
         raise ValueError(f"this pipeline cannot teach: {'; '.join(problems)}")
-    accepted = inspect.signature(pipe.__call__).parameters
-    if unknown := [name for name in options.call if name not in accepted]:
-        raise ValueError(f"the call of a {type(pipe).__name__} takes no {unknown[0]}: leave it out")
+    if isinstance(getattr(denoiser_of(pipe), "encoder_hid_proj", None), MultiIPAdapterImageProjection):
+        raise ValueError("an IP-Adapter asks for a picture: call pipe.unload_ip_adapter() before")
+    if denoiser_of(pipe).dtype != torch.float32 and getattr(pipe, "projection_model", None) is not None:
+        raise ValueError(
+            f"a {type(pipe).__name__} puts the encoder's states through a {denoiser_of(pipe).dtype} projection, which "
+            "reads no float32: load the pipeline in float32"
+        )
+    accepted = {*inspect.signature(pipe.__call__).parameters, *(SIZE if starts_from_a_picture(pipe) else ())}
+    # Prompts, and what decides how they are read: the teacher's states are made without.
+    encode = getattr(pipe, "encode_prompt", None) or pipe._encode_prompt
+    read = {*inspect.signature(encode).parameters, "audio_start_in_s", "audio_end_in_s"}
+    for name in options.call:
+        if name not in accepted:
+            raise ValueError(f"the call of a {type(pipe).__name__} takes no {name}: leave it out")
+        if name in read or name in SAMPLED:
+            raise ValueError(
+                f"{name} in the call: what decides how prompts are read and drawn is align's: leave it out"
+            )
+    try:
+        json.dumps(options.call)
+    except TypeError as error:
+        raise ValueError(f"the call has a value that cannot be kept ({error}): give numbers and strings") from None
     if isinstance(encoder, ConditioningEncoder) and encoder.config.bridge == "identity":
         raise ValueError(
             "this encoder is read through a connector, with which it does not go on: give the text encoder that it was "
@@ -537,6 +566,13 @@ def _check(pipe: DiffusionPipeline, encoder: TextEncoder | ConditioningEncoder, 
             )
 
 
+def _is_of(pipe: DiffusionPipeline, encoder: TextEncoder | ConditioningEncoder) -> bool:
+    """Whether an encoder shares weights with what the pipeline holds."""
+    held = [getattr(pipe, name) for name in slots_of(pipe) if getattr(pipe, name) is not None]
+    theirs = {id(parameter) for one in held for parameter in one.parameters()}
+    return any(id(parameter) in theirs for parameter in encoder.backbone.parameters())
+
+
 def _uncompiled(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """A copy of the pipeline whose denoiser runs its own layers, to which hooks can be put."""
     pipe = copy.copy(pipe)
@@ -548,15 +584,21 @@ def _fill_slot(pipe: DiffusionPipeline, encoder: ConditioningEncoder, slot: str 
     """Swap in an encoder whose weights stay float32, as they train, whatever the denoiser's are."""
     denoiser = denoiser_of(pipe)
     encoder.to(denoiser.device, torch.float32)
-    weights = None if denoiser.dtype == torch.float32 else copy.deepcopy(encoder.state_dict())
-    swap_text_encoder(pipe, encoder.to(denoiser.dtype), slot)
-    if weights is not None:
-        encoder.float().load_state_dict(weights)
+    weights = [(parameter, parameter.data) for parameter in encoder.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in encoder.modules()]
+    try:
+        swap_text_encoder(pipe, encoder.to(denoiser.dtype), slot)
+    finally:
+        for parameter, value in weights:
+            parameter.data = value
+        for module, values in buffers:
+            module._buffers.update(values)
 
 
 def _settings(scheduler: SchedulerMixin) -> str:
     """What a scheduler samples by."""
-    return repr(sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_")))
+    settings = sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_"))
+    return f"{type(scheduler).__name__} {settings}"
 
 
 class _Trained(nn.Module):

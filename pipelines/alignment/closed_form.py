@@ -37,7 +37,7 @@ class RidgeRegression:
 
 @torch.no_grad()
 def gives(linear: nn.Linear, run: Callable[[], Tensor], shape: Sequence[int]) -> bool:
-    """Whether what `run` gives, `(1, *shape)`, is a layer's own output, in front of other tokens or padding.
+    """Whether what `run` gives, `(1, *shape)`, is a layer's own output, in front of padding.
 
     It is not where other encoders share the tensor, or a pipeline maps it further.
     """

@@ -79,13 +79,11 @@ class CaptionedPictures:
             noisy, answer, timestep = (1 - sigma) * clean + sigma * noise, noise - clean, share * 1000
         else:
             timestep = (share * len(scheduler.alphas_cumprod)).long()
-            alpha = scheduler.alphas_cumprod.to(latents.device)[timestep][:, None, None, None].to(latents)
-            noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-            answers = {
-                "epsilon": noise,
-                "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * clean,
-                "sample": clean,
-            }
+            alpha = scheduler.alphas_cumprod.to(latents.device)[timestep][:, None, None, None]
+            # In bfloat16 the first steps would get no noise.
+            kept, added = alpha.sqrt().to(latents), (1 - alpha).sqrt().to(latents)
+            noisy = kept * clean + added * noise
+            answers = {"epsilon": noise, "v_prediction": kept * noise - added * clean, "sample": clean}
             if kind not in answers:
                 raise ValueError(f"the scheduler predicts {kind!r}: leave the pictures out")
             answer = answers[kind]

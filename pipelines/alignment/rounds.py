@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,20 +14,7 @@ from torch import Tensor
 from textcond.pipelines.families import Conditioning, condition, denoiser_of, family_of
 from textcond.pipelines.trajectories import Visit, follow, replay
 
-
-@dataclass
-class Question:
-    """What the student is asked: calls of the denoiser, with the teacher's answers.
-
-    Attributes:
-        visit: the calls, one a row, each at a timestep of its own.
-        answer: what the denoiser gives under the teacher's text, `(rows, ...)`.
-        effect: mean squared difference of that from the answer to the empty prompt, at each row's timestep, `(rows,)`.
-    """
-
-    visit: Visit
-    answer: Tensor
-    effect: Tensor
+SIZE = ("height", "width")
 
 
 @torch.no_grad()
@@ -37,11 +23,13 @@ def visited(
 ) -> list[Visit]:
     """The teacher's own trajectories of some prompts, each from its seed, with the answers to the empty prompt."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    if "negative_prompt" in inspect.signature(pipe.__call__).parameters:
+    accepted = inspect.signature(pipe.__call__).parameters
+    if "negative_prompt" in accepted:
         # Left out, SDXL would take zeros instead of the empty prompt's states.
         options.setdefault("negative_prompt", [""] * len(prompts))
-    if _starts_from_a_picture(pipe):
-        options = {"image": _blank(pipe, len(prompts)), "strength": 1.0} | options
+    if starts_from_a_picture(pipe):
+        options |= {"image": _blank(pipe, len(prompts), options), "strength": 1.0}
+        options = {name: value for name, value in options.items() if name in accepted or name not in SIZE}
     visits, even = follow(pipe, prompts, generator=generators, **options), family_of(pipe).even
     said = None if even else condition(pipe, prompts)
     for visit in visits:
@@ -55,18 +43,19 @@ def visited(
 def samples_alone(pipe: DiffusionPipeline) -> bool:
     """Whether prompts are enough to sample with a pipeline, besides a blank picture that noise covers whole."""
     needed = inspect.signature(pipe.__call__).parameters.keys() & {"image", "mask_image", "control_image"}
-    return not needed or _starts_from_a_picture(pipe)
+    return not needed or starts_from_a_picture(pipe)
 
 
-def _starts_from_a_picture(pipe: DiffusionPipeline) -> bool:
+def starts_from_a_picture(pipe: DiffusionPipeline) -> bool:
+    """Whether it is an image-to-image pipeline; `SIZE` in its options is that of the picture."""
     accepted = inspect.signature(pipe.__call__).parameters
     return "image" in accepted and "strength" in accepted and not {"mask_image", "control_image"} & accepted.keys()
 
 
-def _blank(pipe: DiffusionPipeline, count: int) -> Tensor:
-    """Gray pictures of the size that the denoiser was trained for, `(count, 3, height, width)`."""
+def _blank(pipe: DiffusionPipeline, count: int, options: Mapping[str, Any]) -> Tensor:
+    """Gray pictures `(count, 3, height, width)`, of the size that the denoiser was trained for unless told."""
     side = (denoiser_of(pipe).config.get("sample_size") or pipe.default_sample_size) * pipe.vae_scale_factor
-    return torch.full((count, 3, side, side), 0.5)
+    return torch.full((count, 3, *(options.get(name, side) for name in SIZE)), 0.5)
 
 
 def effects(visits: Sequence[Visit]) -> Tensor:

@@ -117,8 +117,8 @@ def _kind(tensor: Tensor) -> type:
 
 
 def _array(file: Path, shape: tuple[int, ...], kind: type) -> np.ndarray:
-    """A memory-mapped array of zeros, or the one that is there."""
-    if not file.is_file():
+    """A memory-mapped array of zeros, or the one of this shape that is there."""
+    if not file.is_file() or np.load(file, mmap_mode="r").shape != shape:
         partial = file.with_name(file.name + ".partial")
         if 0 in shape:
             np.save(file, np.zeros(shape, kind))

@@ -26,7 +26,7 @@ from textcond.evaluation.compare import short_names
 from textcond.folders import model_folder
 from textcond.pipelines.contracts import slots_of
 from textcond.pipelines.denoisers import TimestepAwareUNet
-from textcond.pipelines.families import condition, denoiser_of
+from textcond.pipelines.families import condition, denoiser_of, family_of
 from textcond.pipelines.family import Conditioning
 from textcond.pipelines.swap import load_encoder, swapped
 
@@ -258,8 +258,7 @@ def _backbone(pipe, encoders, backbone) -> tuple[ConditioningEncoder | None, Tex
 def _installed(pipe: DiffusionPipeline, row: _Row, slot: str | None) -> Iterator[None]:
     with nullcontext() if row.encoder is None else swapped(pipe, row.encoder, slot):
         if row.state is not None:
-            (encoder, *_) = (encoder for encoder, _ in _slots(pipe) if isinstance(encoder, ConditioningEncoder))
-            set_state(row.state, encoder, *_connectors(pipe))
+            set_state(row.state, getattr(pipe, slot or family_of(pipe).alone[-1]), *_connectors(pipe))
         yield
 
 
