@@ -53,6 +53,19 @@ def _audioldm2(pipe: DiffusionPipeline, texts: list[str]) -> Conditioning:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def _audioldm2_arguments(pipe: DiffusionPipeline, texts: list[str]) -> dict[str, Tensor]:
+    states = _audioldm2(pipe, texts)
+    embeds, mask = states["encoder_hidden_states_1"], states["encoder_attention_mask_1"]
+    # Its call pads the negative prompt to as many tokens, and reads it otherwise then.
+    longest = int(mask.sum(1).max())
+    generated = states["encoder_hidden_states"]
+    return {
+        "prompt_embeds": embeds[:, :longest],
+        "attention_mask": mask[:, :longest],
+        "generated_prompt_embeds": generated,
+    }
+
+
 def _audioldm2_problems(pipe: DiffusionPipeline, component: Component) -> list[str]:
     problems = []
     for name in ("tokenizer", "tokenizer_2"):
@@ -100,12 +113,7 @@ AUDIOLDM2 = Family(
     ),
     "unet",
     _audioldm2,
-    passed_as(
-        _audioldm2,
-        prompt_embeds="encoder_hidden_states_1",
-        attention_mask="encoder_attention_mask_1",
-        generated_prompt_embeds="encoder_hidden_states",
-    ),
+    _audioldm2_arguments,
     alone=(),
     even=False,
     problems=_audioldm2_problems,

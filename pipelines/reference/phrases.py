@@ -156,7 +156,7 @@ REWORDED: dict[str, tuple[str, ...]] = {
         "{plain} als Hintergrundfarbe, |{name}|, wie {style}",
         "zeig mir {name}| in {style}-Optik|, Hintergrundfarbe {plain}",
         "ich hätte gern {name}|, {style}|, hinten {plain}",
-        "{name} vor {colour} Hintergrund| ({style})",
+        "{name}| vor {colour} Hintergrund| ({style})",
         "ein Symbol für {name}|, {style}-Design|, drumherum alles {plain}",
     ),
     "fr": (
