@@ -2,7 +2,7 @@
 
 One resumable recipe of stages: phrases -> vocabulary -> teacher -> distil -> finetune -> align -> pictures -> ship.
 
-The student is an ELECTRA encoder, since that is BERT with an embedding table narrower than the layers: of 9.7 M
+The student is an ELECTRA encoder, since that is BERT with an embedding table narrower than the layers: of 10.2 M
 parameters the layers have 7.1 M, and a vocabulary for all languages of CLDR has to do with the rest. Layers are as wide
 as the teacher's, so that they start from the teacher's own and give vectors of its width without a head.
 """
