@@ -31,8 +31,8 @@ def conditioning(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="emoji (of the reference model, and its default), none, or a CLIP-like model: FOLDER, ID, "
-            "open_clip:MODEL/TAG."
+            help="emoji (of the reference model, its default for cases that say what to expect), none, or a CLIP-like "
+            "model: FOLDER, ID, open_clip:MODEL/TAG."
         ),
     ] = None,
     among: Annotated[
@@ -76,7 +76,9 @@ def conditioning(
     cases = read_cases(prompts, limit)
     scales, numbers = _numbers(guidance, float, "--guidance"), _numbers(seeds, int, "--seeds")
     names = [find_encoder(name) for name in _listed(encoders)]
-    scorer = _judge(judge if judge is not None else EMOJI if pipeline == REFERENCE else NO_JUDGE, among)
+    if judge is None:
+        judge = EMOJI if pipeline == REFERENCE and any(case.expected for case in cases) else NO_JUDGE
+    scorer = _judge(judge, among)
     report = evaluate_conditioning(
         load_pipeline(pipeline, device=device, dtype=dtype),
         names,
