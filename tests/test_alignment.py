@@ -28,7 +28,7 @@ from textcond.pipelines.alignment.pictures import CaptionedPictures
 from textcond.pipelines.alignment.rounds import effects, mixed, visited
 from textcond.pipelines.alignment.teacher import TeacherStates
 from textcond.pipelines.families import condition, denoiser_of
-from textcond.pipelines.trajectories import replay
+from textcond.pipelines.trajectories import Visit, replay
 
 WORDS = ["red", "green", "blue", "big", "fox", "dog", "bird", "house", "tree", "apple", "in", "winter", "night"]
 SIZE = {"height": 16, "width": 16}
@@ -273,6 +273,19 @@ def test_the_answer_to_a_noised_picture_leads_back_to_it(pictures, kind):
             recovered = alpha.sqrt() * noisy - (1 - alpha).sqrt() * answer
     assert torch.allclose(recovered, clean, atol=1e-3)
     assert replay(denoiser_of(pipe), question, condition(pipe, found.texts(rows))).shape == answer.shape
+
+
+def test_in_bfloat16_the_first_steps_get_their_noise_too(pictures, monkeypatch):
+    pipe, zeros = tiny.stable_diffusion(), torch.zeros(512, 4, 2, 2, dtype=torch.bfloat16)
+    pipe.scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    monkeypatch.setattr(CaptionedPictures, "_latents", lambda self, file, size: zeros[:1].float())
+    like = Visit({"sample": zeros, "timestep": torch.tensor(1)}, 1.0, zeros, None)
+    asked, noise = CaptionedPictures(pipe, pictures).question(
+        np.zeros(512, int), like, torch.Generator().manual_seed(0)
+    )
+    added = (asked.inputs["sample"].float() / noise.float()).flatten(1).median(1).values
+    alphas = pipe.scheduler.alphas_cumprod[asked.inputs["timestep"]]
+    torch.testing.assert_close(added, (1 - alphas).sqrt(), rtol=0.02, atol=0)
 
 
 def test_captioned_pictures_change_what_is_learned(tmp_path, pictures):

@@ -545,9 +545,7 @@ def _check(pipe: DiffusionPipeline, encoder: TextEncoder | ConditioningEncoder, 
         if name not in accepted:
             raise ValueError(f"the call of a {type(pipe).__name__} takes no {name}: leave it out")
         if name in read or name in SAMPLED:
-            raise ValueError(
-                f"{name} in the call: what decides how prompts are read and drawn is align's: leave it out"
-            )
+            raise ValueError(f"{name} in the call: align decides how prompts are read and drawn, so leave it out")
     try:
         json.dumps(options.call)
     except TypeError as error:

@@ -67,7 +67,7 @@ def fit_last_layer(linear: nn.Linear, run: Callable[[], Iterable[Tensor]], penal
             seen.clear()
             # A growing bridge reads a long text in parts, each of which is to say the whole.
             target = target.repeat_interleave(len(inputs) // len(target), dim=0)
-            if target.ndim == 3:  # a pipeline pads the tokens of a batch, or puts others behind them
+            if target.ndim == 3:  # a pipeline may pad what the layer gives of a batch
                 target = target[:, : inputs.shape[1]]
             regression.add(inputs, target.expand(*inputs.shape[:-1], -1))
     finally:
